@@ -136,7 +136,7 @@ class FeatureGroup(Part):
     exclude: Optional[str] = None
     note: Optional[str] = None
 
-# %% ../nbs/01_manifest.ipynb #e80910e9
+# %% ../nbs/01_manifest.ipynb #0bf5e3ff
 class ImagesPart(Part):
     "Where the images and masks are."
     layout: Literal["pattern", "bids"]
@@ -146,8 +146,9 @@ class ImagesPart(Part):
     second_mask: Optional[str] = None
     optional: list[str] = []
     ignore_case: bool = False
-    grid: Optional[str] = None
-    signed: bool = True
+    shape: Optional[tuple[int, int, int]] = None
+    spacing_mm: Optional[tuple[float, float, float]] = None
+    signed: bool = False
 
 # %% ../nbs/01_manifest.ipynb #cabb028c
 TISSUES = ("necrosis", "edema", "enhancing", "core", "tumor", "cavity")
