@@ -96,7 +96,7 @@ def _raw_strata(patients, n_time_bins, center):
         strata = strata + " | " + patients["center"]
     return strata.astype(str)
 
-# %% ../nbs/06_splits.ipynb #765de489
+# %% ../nbs/06_splits.ipynb #921ef76b
 def _partner(name, sizes):
     "The stratum to join: the same first part, most leading parts in common, then the smallest; '' when there is none."
     parts = name.split(" | ")
@@ -122,7 +122,7 @@ def merge_small(strata, # Series of text, one a patient, parts joined by ' | '
         if not small: break
         n, name = small[0]
         other = _partner(name, sizes)
-        joined = " | ".join(_both(a, b) for a, b in zip(name.split(" | "), other.split(" | ")))
+        joined = " | ".join(a if a == b else _both(a, b) for a, b in zip(name.split(" | "), other.split(" | ")))
         notes.append(f"stratum '{name}' ({n} of {min_size} patients needed) joined to '{other}'")
         strata = strata.replace({name: joined, other: joined})
     alone = [f"stratum '{name}' has {n} patient(s), fewer than {min_size}, and no neighbour" for name, n in sorted(sizes.items()) if n < min_size]
