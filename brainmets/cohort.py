@@ -298,7 +298,7 @@ class _Context:
     def report(self, row, severity, code, column, what, remedy):
         self.problems.append(Problem(severity, code, self.ids.patient_id[row], f"{self.table.file}: {column}", what, remedy))
 
-# %% ../nbs/03_cohort.ipynb #0970938f
+# %% ../nbs/03_cohort.ipynb #fea7defd
 @dataclass(frozen=True)
 class CohortColumn:
     "One input column of the samples table."
@@ -307,17 +307,17 @@ class CohortColumn:
     unit: str = ""
     log: bool = False
     role: str = ""
-    group: str = "clinical"   # or the name of a feature group
+    group: str = "clinical"   # "volumes", or the name of a feature group
     source: str = ""          # column in the file
 
-# %% ../nbs/03_cohort.ipynb #660a18bd
+# %% ../nbs/03_cohort.ipynb #c8921129
 def parse_covariates(raw, ids, manifest, problems):
     "Covariates by the manifest: (DataFrame, list of `CohortColumn`)."
     context, values, columns = _Context(ids, manifest.table, problems), {}, []
     for name, part in manifest.covariates.items():
         if part.column == ASK: continue
         values[name] = PARSERS[part.type](raw.loc[ids.index, part.column], name, part, context)
-        columns.append(CohortColumn(name, part.type, part.unit or "", part.log, part.role or "", "clinical", part.column))
+        columns.append(CohortColumn(name, part.type, part.unit or "", part.log, part.role or "", part.group, part.column))
     return pd.DataFrame(values, index=ids.index), columns
 
 

@@ -107,7 +107,7 @@ class OutcomePart(Part):
     @property
     def days_factor(self): return self.days_per_unit or DAYS_PER_UNIT[self.unit]
 
-# %% ../nbs/01_manifest.ipynb #c9a74010
+# %% ../nbs/01_manifest.ipynb #cf5706dc
 class CovariatePart(Part):
     "One input of the models: a number, a category or a flag (yes/no)."
     column: str
@@ -118,6 +118,7 @@ class CovariatePart(Part):
     missing: list[str] = []
     role: Optional[str] = None
     log: bool = False
+    group: Literal["clinical", "volumes"] = "clinical"
     note: Optional[str] = None
 
     @model_validator(mode="after")

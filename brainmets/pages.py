@@ -7,7 +7,7 @@ __all__ = ['PARAGRAPH', 'HEADING', 'NOTICE_WORDS', 'NOTICE', 'TABLE', 'PALETTE',
            'KEY_VALUES', 'FLOW', 'DETAILS', 'COLUMNS', 'COLOURS', 'TEXT_STYLE', 'BLOCK_STYLE', 'FLOW_STYLE',
            'PRINT_STYLE', 'PAGE_STYLE', 'PAGE', 'NOTICE_ORDER', 'page_template', 'Paragraph', 'Heading', 'Notice',
            'is_missing', 'column_decimals', 'cell_text', 'Table', 'plain_axes', 'new_figure', 'figure_png',
-           'FigureBlock', 'KeyValues', 'FlowStep', 'FlowBox', 'Details', 'Columns', 'blocks_html', 'figure_blocks',
+           'FigureBlock', 'KeyValues', 'FlowStage', 'FlowBox', 'Details', 'Columns', 'blocks_html', 'figure_blocks',
            'Section', 'section_anchors', 'render_page', 'write_page']
 
 # %% ../nbs/07_pages.ipynb #f42f0221
@@ -258,9 +258,9 @@ def html(self:KeyValues):
     def text(value): return cell_text(value, column_decimals(pd.Series([value])) if _is_number(value) else None)
     return Markup(KEY_VALUES.render(items=[(str(key), text(value)) for key, value in self.values.items()]))
 
-# %% ../nbs/07_pages.ipynb #6a33598a
+# %% ../nbs/07_pages.ipynb #12724b46
 @dataclass(frozen=True, eq=False)
-class FlowStep:
+class FlowStage:
     "One box of a flow."
     label: str # who is in this box
     n: int # how many
@@ -269,21 +269,21 @@ class FlowStep:
 @dataclass(frozen=True, eq=False)
 class FlowBox:
     "Boxes with counts, from the first to those analysed."
-    steps: tuple # of FlowStep
+    stages: tuple # of FlowStage
 
     def __post_init__(self):
-        for here, after in zip(self.steps, self.steps[1:]):
+        for here, after in zip(self.stages, self.stages[1:]):
             left = here.n - sum(n for _, n in here.excluded)
             if left != after.n:
                 raise DataError(f"The flow does not add up: '{here.label}' has {here.n}, less the excluded {left}, "
                                 f"but '{after.label}' has {after.n}. Name every reason with its count.")
 
-# %% ../nbs/07_pages.ipynb #24201cdc
+# %% ../nbs/07_pages.ipynb #a1768cb7
 FLOW = page_template("""<ol class="flow">
-{% for step in steps %}
-<li><div class="box"><b>{{ step.label }}</b><span>n = {{ step.n }}</span></div>
-{% if step.excluded %}
-<ul class="out">{% for reason, n in step.excluded %}<li>{{ reason }}: n = {{ n }}</li>{% endfor %}</ul>
+{% for stage in stages %}
+<li><div class="box"><b>{{ stage.label }}</b><span>n = {{ stage.n }}</span></div>
+{% if stage.excluded %}
+<ul class="out">{% for reason, n in stage.excluded %}<li>{{ reason }}: n = {{ n }}</li>{% endfor %}</ul>
 {% endif %}
 </li>
 {% endfor %}
@@ -293,7 +293,7 @@ FLOW = page_template("""<ol class="flow">
 @patch
 def html(self:FlowBox):
     "The boxes below each other, what leaves beside them."
-    return Markup(FLOW.render(steps=self.steps))
+    return Markup(FLOW.render(stages=self.stages))
 
 # %% ../nbs/07_pages.ipynb #09ca40a8
 @dataclass(frozen=True, eq=False)
@@ -399,7 +399,7 @@ details { border: 1px solid var(--line); border-radius: 4px; padding: .1rem .9re
 summary { cursor: pointer; padding: .45rem 0; font-weight: 600; }
 """
 
-# %% ../nbs/07_pages.ipynb #7131b4cf
+# %% ../nbs/07_pages.ipynb #e78d786d
 FLOW_STYLE = """
 .flow { list-style: none; margin: 1.2rem 0; padding: 0; max-width: 46rem; }
 .flow > li { display: grid; grid-template-columns: minmax(0, 15rem) minmax(0, 1fr); column-gap: 2rem; align-items: center; position: relative; padding-bottom: 1.9rem; }
@@ -418,7 +418,6 @@ FLOW_STYLE = """
   .flow > li { grid-template-columns: minmax(0, 1fr); row-gap: 1rem; }
   .flow > li:not(:last-child)::after { width: 100%; }
   .flow .out { margin-left: 1.8rem; }
-  .facts div { display: block; }
 }
 """
 

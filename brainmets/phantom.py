@@ -81,7 +81,7 @@ def _template():
     brain = datasets.load_mni152_brain_mask(resolution=1)
     return [np.asarray(im.dataobj, dtype=np.float32) for im in (gm, wm, brain)], brain.affine[:3, 3]
 
-# %% ../nbs/05_phantom.ipynb #30b778fd
+# %% ../nbs/05_phantom.ipynb #50ee38e1
 TISSUES = ("csf", "gm", "wm")
 
 
@@ -91,56 +91,72 @@ def _sharpened(gm, wm, brain):
     return squares*(brain/np.maximum(squares.sum(0), 1e-6))
 
 
+def _resample(array, # (..., X, Y, Z)
+              positions): # three arrays: where along each axis to sample, in voxels of `array`
+    "Linear interpolation on a lattice; where samples are further apart than voxels, a mean over what lies between."
+    for axis, at in zip((-3, -2, -1), positions):
+        width = max(1.0, abs(at[-1] - at[0])/max(len(at) - 1, 1))
+        weights = np.clip(1 - np.abs(at[:, None] - np.arange(array.shape[axis]))/width, 0, None)/width
+        array = np.moveaxis(np.tensordot(array, weights.astype(np.float32), (axis, 1)), -1, axis)
+    return array
+
+
 @functools.lru_cache(maxsize=4)
 def anatomy(shape):
     "Shares of fluid, grey and white matter in each voxel: (3, X, Y, Z) float32."
     (gm, wm, brain), offset = _template()
-    grid, maps = Grid(shape), []
-    first = to_mni([axis[0] for axis in grid.axes_mm()]) - offset
-    step = _DIRECTION*grid.spacing_mm/MNI_SCALE
-    for share in _sharpened(gm, wm, brain):
-        blurred = ndimage.gaussian_filter(share, np.sqrt(np.clip(step**2 - 1, 0, None))/2.355)
-        maps.append(ndimage.affine_transform(blurred, step, first, shape, order=1, output=np.float32))
-    return np.stack(maps).clip(0, 1)
+    world = [axis/MNI_SCALE for axis in Grid(shape).axes_mm()]
+    positions = [axis + shift for axis, shift in zip(world, to_mni((0, 0, 0)) - offset)]
+    return np.ascontiguousarray(_resample(_sharpened(gm, wm, brain), positions).clip(0, 1))
 
-# %% ../nbs/05_phantom.ipynb #ff2cdb49
+# %% ../nbs/05_phantom.ipynb #1794b62b
 @dataclass(frozen=True)
 class Waves:
     "A smooth random field with mean about 0 and variance about 1."
-    vectors: np.ndarray # (n, 3), radians per unit of length
-    phases: np.ndarray  # (n,)
+    vectors: np.ndarray # (n, 3) float32, radians per unit of length
+    phases: np.ndarray  # (n,) float32
 
     def __call__(self, points): # (..., 3)
-        total = np.zeros(points.shape[:-1])
-        for vector, phase in zip(self.vectors, self.phases): total += np.cos(points @ vector + phase)
-        return total*np.sqrt(2/len(self.phases))
+        flat = np.asarray(points, np.float32).reshape(-1, 3)
+        total = np.zeros(len(flat), np.float32)
+        for vector, phase in zip(self.vectors, self.phases): total += np.cos(flat @ vector + phase)
+        return (total*np.float32(np.sqrt(2/len(self.phases)))).reshape(points.shape[:-1])
 
 
 def waves(rng, # numpy Generator
           wavelength, # same unit as the points
-          n=24): # number of waves
+          n=12): # number of waves
     "A `Waves` field of about that wavelength."
     directions = rng.normal(size=(n, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     length = wavelength*rng.uniform(0.75, 1.35, size=(n, 1))
-    return Waves(2*np.pi*directions/length, rng.uniform(0, 2*np.pi, n))
+    return Waves((2*np.pi*directions/length).astype(np.float32), rng.uniform(0, 2*np.pi, n).astype(np.float32))
 
-# %% ../nbs/05_phantom.ipynb #7c905f45
+# %% ../nbs/05_phantom.ipynb #1bc94f39
 def _slow_field(rng, grid, wavelength_mm):
     "A smooth field over the whole grid, float32."
     lattice = [np.linspace(axis[0], axis[-1], 24) for axis in grid.axes_mm()]
-    coarse = waves(rng, wavelength_mm, 8)(np.stack(np.meshgrid(*lattice, indexing="ij"), -1)).astype(np.float32)
-    steps = [23/max(n - 1, 1) for n in grid.shape]
-    return ndimage.affine_transform(coarse, steps, 0, grid.shape, order=1, mode="nearest")
+    coarse = waves(rng, wavelength_mm, 8)(np.stack(np.meshgrid(*lattice, indexing="ij"), -1))
+    return _resample(coarse, [np.linspace(0, 23, n) for n in grid.shape])
+
+
+def _brain_box(shape):
+    "Slices around the brain of the template with 8 mm to spare."
+    around = np.ceil(8/Grid(shape).spacing_mm).astype(int)
+    found = ndimage.find_objects((anatomy(shape).sum(0) > 0.01).astype(np.uint8))[0]
+    return tuple(slice(max(s.start - a, 0), min(s.stop + a, n)) for s, a, n in zip(found, around, shape))
 
 
 def own_anatomy(rng, # numpy Generator
                 grid, # Grid
                 warp_mm=2.5): # SD of the displacement
     "The anatomy of one person: the template bent smoothly. (3, X, Y, Z) float32."
-    index = np.indices(grid.shape, dtype=np.float32)
-    for axis, spacing in enumerate(grid.spacing_mm): index[axis] += _slow_field(rng, grid, 70)*np.float32(warp_mm/spacing)
-    return np.stack([ndimage.map_coordinates(share, index, order=1) for share in anatomy(grid.shape)])
+    box, template = _brain_box(grid.shape), anatomy(grid.shape)
+    index = np.stack(np.meshgrid(*[np.arange(s.start, s.stop, dtype=np.float32) for s in box], indexing="ij"))
+    for axis, spacing in enumerate(grid.spacing_mm): index[axis] += _slow_field(rng, grid, 70)[box]*np.float32(warp_mm/spacing)
+    bent = np.zeros_like(template)
+    for share, own in zip(template, bent): own[box] = ndimage.map_coordinates(share, index, order=1)
+    return bent
 
 # %% ../nbs/05_phantom.ipynb #ff22b6d7
 RINGS = ("nodular", "feathery")
@@ -250,7 +266,7 @@ def blank_canvas(shares, grid):
     "A canvas without lesions."
     return Canvas(grid, shares, np.zeros((4, *grid.shape), np.float32), np.ones(grid.shape, np.float32), np.zeros(grid.shape, np.uint8))
 
-# %% ../nbs/05_phantom.ipynb #9a43c540
+# %% ../nbs/05_phantom.ipynb #311c9cdc
 def _box(grid, center_mm, reach_mm):
     "Slices of the voxels within `reach_mm` of a point, and the world axes of that box."
     slices = []
@@ -277,24 +293,25 @@ def _voxel_means(values, parts):
 def lowest(values, # array; inf where nothing may be taken
            n): # how many
     "Which are the `n` lowest finite values: a boolean array. Ties go to the first."
-    order = np.argsort(values, axis=None, kind="stable")[:min(int(n), int(np.isfinite(values).sum()))]
-    chosen = np.zeros(values.size, bool)
-    chosen[order] = True
+    flat, chosen = values.ravel(), np.zeros(values.size, bool)
+    candidates = np.flatnonzero(np.isfinite(flat))
+    chosen[candidates[np.argsort(flat[candidates], kind="stable")[:int(n)]]] = True
     return chosen.reshape(values.shape)
 
-# %% ../nbs/05_phantom.ipynb #f5fdbac1
+# %% ../nbs/05_phantom.ipynb #0619b092
 def _core_shares(lesion, shape, axes, grid, free):
     "Shares of core and necrosis in each voxel of the box, and their order: four arrays."
-    parts = tuple(int(np.ceil(s/1.5)) for s in grid.spacing_mm)
+    parts = tuple(int(np.ceil(s/np.clip(lesion.radius_mm/4, 0.75, 3))) for s in grid.spacing_mm)
     points = _points(_finer(axes, grid.spacing_mm, parts))
-    open_points = free.repeat(parts[0], 0).repeat(parts[1], 1).repeat(parts[2], 2)
-    outer = np.where(open_points, level(lesion, shape, points)[0], np.inf)
+    near = free.repeat(parts[0], 0).repeat(parts[1], 1).repeat(parts[2], 2)
+    near &= np.linalg.norm(points - np.array(lesion.center_mm), axis=-1) < 1.7*max(lesion.half_axes_mm)
+    outer, inner = np.full(near.shape, np.inf), np.full(near.shape, np.inf)
+    outer[near] = level(lesion, shape, points[near])[0]
     n_per_ml = np.prod(parts)/grid.voxel_ml
     core = lowest(outer, round(lesion.core_ml*n_per_ml))
-    inner = np.where(core, necrosis_level(lesion, shape, points), np.inf)
+    inner[core] = necrosis_level(lesion, shape, points[core])
     necrosis = lowest(inner, round(lesion.necrosis_ml*n_per_ml))
-    order = _voxel_means(np.where(open_points, outer, 1e6), parts)
-    inner_order = _voxel_means(np.where(np.isfinite(inner), inner, 50), parts)
+    order, inner_order = (_voxel_means(np.minimum(a, 50), parts) for a in (outer, inner))
     return _voxel_means(core, parts), _voxel_means(necrosis, parts), order, inner_order
 
 # %% ../nbs/05_phantom.ipynb #4231f8f9
@@ -314,23 +331,25 @@ def draw_core(canvas, lesion, patchiness=0.0):
     dull = 1/(1 + np.exp(-4*shape.patches(_points(axes))))
     canvas.uptake[slices] = np.where(core > 0, 1 - patchiness*dull, canvas.uptake[slices])
 
-# %% ../nbs/05_phantom.ipynb #52bb5b9d
+# %% ../nbs/05_phantom.ipynb #f9a66f42
 def draw_edema(canvas, lesion):
     "Draw the edema of one lesion; cores must have been drawn."
     if lesion.edema_ml <= 0: return
     shape, grid = surface(lesion), canvas.grid
-    reach = 1.9*((lesion.core_ml + lesion.edema_ml)*1000*3/(4*np.pi))**(1/3) + max(lesion.half_axes_mm)
+    reach = 1.6*((lesion.core_ml + lesion.edema_ml)*1000*3/(4*np.pi))**(1/3) + max(lesion.half_axes_mm)
     slices, axes = _box(grid, lesion.center_mm, reach)
-    points, shares = _points(axes), canvas.shares[(slice(None), *slices)]
+    shares = canvas.shares[(slice(None), *slices)]
+    free = (shares.sum(0) > 0.5) & (canvas.mask[slices] == 0) & (shares[0] < 0.6)
+    points = _points(axes)[free]
     distance_mm = (level(lesion, shape, points)[0] - 1)*lesion.radius_mm
-    cost = np.clip(distance_mm, 0, None)*(4 - 3*shares[2]) + 6*shares[0] + 2.5*shape.ragged(points)
-    free = canvas.brain[slices] & (canvas.mask[slices] == 0) & (shares[0] < 0.6)
-    chosen = lowest(np.where(free, cost, np.inf), round(lesion.edema_ml/grid.voxel_ml))
+    cost = np.full(free.shape, np.inf, np.float32)
+    cost[free] = np.clip(distance_mm, 0, None)*(4 - 3*shares[2][free]) + 6*shares[0][free] + 2.5*shape.ragged(points)
+    chosen = lowest(cost, round(lesion.edema_ml/grid.voxel_ml))
     if not chosen.any(): return
     canvas.mask[slices][chosen] = LABELS["edema"]
     fade = np.clip(0.55 + (cost[chosen].max() - cost[chosen])/25, 0, 1)
     room = 1 - canvas.lesions[(slice(None), *slices)].sum(0)
-    canvas.lesions[1][slices][chosen] += (fade*room[chosen]).astype(np.float32)
+    canvas.lesions[1][slices][chosen] += fade*room[chosen]
 
 # %% ../nbs/05_phantom.ipynb #76edb276
 def draw_lesions(canvas, # Canvas without lesions

@@ -8,10 +8,11 @@ __all__ = ['DAYS_PER_MONTH', 'HORIZONS_DAYS', 'Estimate', 'horizon_name', 'survi
            'horizon_problem', 'time_dependent_auc', 'survival_matrix', 'survival_at', 'brier_terms', 'kaplan_meier_at',
            'Brier', 'brier_score', 'integrated_terms', 'integrated_brier']
 
-# %% ../../nbs/28_measures.ipynb #a4585f1a
+# %% ../../nbs/28_measures.ipynb #2e430468
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from sksurv.metrics import concordance_index_censored, concordance_index_ipcw, cumulative_dynamic_auc
 from sksurv.nonparametric import CensoringDistributionEstimator, SurvivalFunctionEstimator
 from sksurv.util import Surv
@@ -44,7 +45,7 @@ def horizon_name(days): # horizon in days
     if abs(months - round(months)) < 1e-6: return f"{round(months)} months"
     return f"{days:g} days"
 
-# %% ../../nbs/28_measures.ipynb #130de2b8
+# %% ../../nbs/28_measures.ipynb #4d039ca5
 def _rows_named(rows, ids):
     "Name the offending rows: by their ids where given, else by their numbers."
     rows = np.flatnonzero(rows)
@@ -60,7 +61,7 @@ def survival_outcome(time_days, # (n,) days to event or censoring
     if bad.any():
         raise DataError(f"time_days is missing, infinite or negative for {_rows_named(bad, ids)}. Expected days, 0 or more. "
                         "Remedy: exclude these rows in the manifest, with the reason.")
-    bad = ~np.isin(event, [0, 1])
+    bad = ~pd.Series(event, dtype=object).isin([0, 1]).to_numpy()
     if bad.any():
         raise DataError(f"event is neither true nor false for {_rows_named(bad, ids)}. Expected True when it happened.")
     return Surv.from_arrays(event.astype(bool), time_days)

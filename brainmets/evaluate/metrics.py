@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'UNITS', 'CENSORING', 'prediction_columns', 'merge_rows', 'to_patients', 'model_table', 'check_rows',
-           'evaluated_rows', 'training_outcomes', 'Sheet', 'fold_keys', 'joined_outcomes', 'make_sheet', 'outcome_of',
-           'over_repeats', 'harrell_over', 'fold_estimates', 'mean_of_folds', 'harrell_estimates', 'by_fold',
-           'own_free', 'sheet_problem', 'sheet_tau', 'no_value', 'uno_estimate', 'auc_estimate', 'Gain', 'sheet_terms',
-           'reference_terms', 'terms_mean', 'brier_estimates', 'brier_grid', 'integrated_estimates', 'model_estimates',
-           'evaluate_survival', 'Difference', 'same_units', 'two_sided', 'paired_difference']
+           'evaluated_rows', 'training_outcomes', 'Sheet', 'fold_keys', 'by_fold', 'own_free', 'joined_outcomes',
+           'make_sheet', 'outcome_of', 'over_repeats', 'harrell_over', 'fold_estimates', 'mean_of_folds',
+           'harrell_estimates', 'free_at', 'sheet_problem', 'sheet_tau', 'no_value', 'uno_estimate', 'auc_estimate',
+           'Gain', 'sheet_terms', 'reference_terms', 'terms_mean', 'brier_estimates', 'brier_grid',
+           'integrated_estimates', 'model_estimates', 'evaluate_survival', 'Difference', 'same_units', 'two_sided',
+           'paired_difference']
 
 # %% ../../nbs/30_metrics.ipynb #89dd60af
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def training_outcomes(table, unit):
     rows = rows.drop_duplicates([*KEYS, "patient_id"] + (["sample_id"] if unit == "sample" else []))
     return {key: survival_outcome(part["time_days"], part["event"], part["patient_id"]) for key, part in rows.groupby(KEYS)}
 
-# %% ../../nbs/30_metrics.ipynb #79b89dfa
+# %% ../../nbs/30_metrics.ipynb #d170950f
 @dataclass(frozen=True)
 class Sheet:
     "What the metrics of one model need: rows, and the outcomes that give weights and the reference curve."
@@ -120,15 +121,34 @@ class Sheet:
     joined: pd.DataFrame  # one row for each repeat and unit; folds averaged (fold -1) where a unit has several
     trains: dict          # (repeat, fold) of `joined` -> outcome of the training rows
     censors: dict         # (repeat, fold) of `joined` -> outcome that gives the censoring distribution
+    free: np.ndarray      # censoring survival at each row's own time, (rows of `joined`,)
     source: str           # what `censors` are, in words
 
-# %% ../../nbs/30_metrics.ipynb #43ee03a8
+# %% ../../nbs/30_metrics.ipynb #006c2567
 CENSORING = dict(train="training rows of the fold", evaluated="evaluated rows")
 
 
 def fold_keys(rows):
     "The (repeat, fold) pairs of evaluated rows."
     return list(rows.groupby(KEYS).groups)
+
+
+def by_fold(rows,   # evaluated rows
+            value): # (key, positions) -> array of that fold's values
+    "Values of each row, made fold by fold: (n,) or (n, m)."
+    found = {key: (at, value(key, at)) for key, at in rows.groupby(KEYS).indices.items()}
+    out = np.empty((len(rows), *np.shape(next(iter(found.values()))[1])[1:]))
+    for at, values in found.values(): out[at] = values
+    return out
+
+
+def own_free(joined, censors):
+    "Censoring survival at each row's own time by its own fold, at most at that fold's last time; NaN where there is none."
+    def one_fold(key, at):
+        source = censors.get(key)
+        if source is None or not source["event"].any(): return np.full(len(at), np.nan)
+        return censoring_survival(source, np.minimum(joined["time_days"].to_numpy(float)[at], source["time"].max()))
+    return by_fold(joined, one_fold)
 
 
 def joined_outcomes(table, unit):
@@ -149,7 +169,7 @@ def make_sheet(predictions, model, partition="test", unit="patient",
         joined, trains = merge_rows(rows.assign(fold=-1), ["repeat", "patient_id", "sample_id"]), joined_outcomes(table, unit)
     own = {key: survival_outcome(part["time_days"], part["event"]) for key, part in joined.groupby("repeat")}
     censors = trains if censoring == "train" else {key: own[key[0]] for key in fold_keys(joined)}
-    return Sheet(rows, joined, trains, censors, f"censoring distribution of the {CENSORING[censoring]}")
+    return Sheet(rows, joined, trains, censors, own_free(joined, censors), f"censoring distribution of the {CENSORING[censoring]}")
 
 # %% ../../nbs/30_metrics.ipynb #29442449
 def outcome_of(rows):
@@ -216,19 +236,10 @@ def harrell_estimates(sheet, # from `make_sheet`
     yield "mean of folds", mean_of_folds(rows, boot)
     yield from fold_estimates(rows, boot)
 
-# %% ../../nbs/30_metrics.ipynb #214cf29f
-def by_fold(rows,   # evaluated rows
-            value): # (key, positions) -> array of that fold's values
-    "Values of each row, made fold by fold: (n,)."
-    out = np.full(len(rows), np.nan)
-    for key, at in rows.groupby(KEYS).indices.items(): out[at] = value(key, at)
-    return out
-
-
-def own_free(sheet, days): # (n,) or one number, inside every fold's follow-up
-    "Censoring survival at `days`, for each row of `joined` by its own fold: (n,)."
-    days = np.broadcast_to(np.asarray(days, float), len(sheet.joined))
-    return by_fold(sheet.joined, lambda key, at: censoring_survival(sheet.censors[key], days[at]))
+# %% ../../nbs/30_metrics.ipynb #40301434
+def free_at(sheet, times): # (m,) days inside every fold's follow-up
+    "Censoring survival at `times`, for each row of `joined` by its own fold: (n, m)."
+    return by_fold(sheet.joined, lambda key, at: np.tile(censoring_survival(sheet.censors[key], times), (len(at), 1)))
 
 
 def sheet_problem(sheet, days, outcomes=None):
@@ -262,7 +273,7 @@ def no_value(counts):
     "The statistic of what is not computable: NaN on every resample."
     return np.full(len(counts), np.nan)
 
-# %% ../../nbs/30_metrics.ipynb #c0429f6f
+# %% ../../nbs/30_metrics.ipynb #7137f751
 def uno_estimate(sheet, boot):
     "Uno's C up to the smallest tau of the folds: scope and estimate."
     tau, joined = sheet_tau(sheet), sheet.joined
@@ -270,8 +281,7 @@ def uno_estimate(sheet, boot):
     statistic = no_value
     if not problem:
         outcome, risk, fold = outcome_of(joined), joined["risk"].to_numpy(float), joined["fold"].to_numpy()
-        free = own_free(sheet, np.minimum(outcome["time"], tau.tau_days))
-        statistic = over_repeats(joined, lambda at, code: uno_ratio(outcome[at], risk[at], code[at], free[at], tau.tau_days, fold[at]))
+        statistic = over_repeats(joined, lambda at, code: uno_ratio(outcome[at], risk[at], code[at], sheet.free[at], tau.tau_days, fold[at]))
     reason = problem or f"no comparable pair before tau, {tau.tau_days:.1f} days"
     return _weighted(sheet, "Uno C", statistic, boot, "Uno 2011", tau.note, reason)
 
@@ -281,14 +291,13 @@ def auc_estimate(sheet, horizon_days, boot):
     joined, problem, statistic = sheet.joined, sheet_problem(sheet, horizon_days), no_value
     outcome, risk, fold = outcome_of(joined), joined["risk"].to_numpy(float), joined["fold"].to_numpy()
     if not problem:
-        free = own_free(sheet, np.minimum(outcome["time"], horizon_days))
-        statistic = over_repeats(joined, lambda at, code: auc_ratio(outcome[at], risk[at], code[at], free[at], horizon_days, fold[at]))
+        statistic = over_repeats(joined, lambda at, code: auc_ratio(outcome[at], risk[at], code[at], sheet.free[at], horizon_days, fold[at]))
     once = outcome_of(joined.drop_duplicates("sample_id"))
     note = f"{(once['event'] & (once['time'] <= horizon_days)).sum()} cases, {(once['time'] > horizon_days).sum()} controls"
     reason = problem or f"no pair of a case and a control: {note}"
     return _weighted(sheet, f"AUC at {horizon_name(horizon_days)}", statistic, boot, "Uno 2007", note, reason)
 
-# %% ../../nbs/30_metrics.ipynb #735ddf93
+# %% ../../nbs/30_metrics.ipynb #dbbf2c44
 @dataclass(frozen=True)
 class Gain:
     "Index of prediction accuracy on draws: 1 - score/reference."
@@ -301,22 +310,22 @@ class Gain:
         return 1 - np.divide(score, reference, out=np.full(len(score), np.nan), where=reference > 0)
 
 
-def sheet_terms(sheet, days, survival): # survival (n,) at one time
-    "Brier terms of every row of `joined` at one time, (n,)."
-    outcome = outcome_of(sheet.joined)
-    return brier_terms(outcome, survival, days, own_free(sheet, np.minimum(outcome["time"], days)), own_free(sheet, days))
+def sheet_terms(sheet, times, survival): # times (m,), survival (n, m)
+    "Brier terms of every row of `joined` at each time, (m, n)."
+    outcome, at = outcome_of(sheet.joined), free_at(sheet, times)
+    return np.stack([brier_terms(outcome, survival[:, i], t, sheet.free, at[:, i]) for i, t in enumerate(times)])
 
 
-def reference_terms(sheet, days):
-    "Brier terms at one time when every row is predicted by the Kaplan-Meier curve of its fold's training rows."
-    return sheet_terms(sheet, days, by_fold(sheet.joined, lambda key, at: kaplan_meier_at(sheet.trains[key], [days])[0]))
+def reference_terms(sheet, times): # (m,)
+    "Brier terms, (m, n), when every row is predicted by the Kaplan-Meier curve of its fold's training rows."
+    return sheet_terms(sheet, times, by_fold(sheet.joined, lambda key, at: np.tile(kaplan_meier_at(sheet.trains[key], times), (len(at), 1))))
 
 
 def terms_mean(sheet, terms):
     "The mean of row terms as a statistic, averaged over repeats."
     return over_repeats(sheet.joined, lambda at, code: RowMean(code[at], terms[at]))
 
-# %% ../../nbs/30_metrics.ipynb #be9aff69
+# %% ../../nbs/30_metrics.ipynb #6ba616eb
 def _brier_trio(sheet, name, model, reference, boot, note, reasons):
     "Score, reference and index as three estimates; a statistic of None has a reason instead."
     gain = Gain(model, reference) if model and reference else None
@@ -332,13 +341,13 @@ def brier_estimates(sheet, times, matrix, horizon_days, boot): # times (m,), mat
     problem = sheet_problem(sheet, horizon_days)
     if not problem and np.isnan(survival).any(): problem = f"the last survival column is at {times[-1]:g} days"
     no_curve = problem or sheet_problem(sheet, horizon_days, sheet.trains)
-    model = None if problem else terms_mean(sheet, sheet_terms(sheet, horizon_days, survival))
-    reference = None if no_curve else terms_mean(sheet, reference_terms(sheet, horizon_days))
+    model = None if problem else terms_mean(sheet, sheet_terms(sheet, [horizon_days], survival[:, None])[0])
+    reference = None if no_curve else terms_mean(sheet, reference_terms(sheet, [horizon_days])[0])
     exact = np.abs(times - horizon_days).min() <= 1
     note = "" if exact else "survival interpolated between columns"
     yield from _brier_trio(sheet, f"Brier at {horizon_name(horizon_days)}", model, reference, boot, note, (problem, no_curve))
 
-# %% ../../nbs/30_metrics.ipynb #6febb078
+# %% ../../nbs/30_metrics.ipynb #c2436778
 def brier_grid(sheet, times):
     "The survival columns that lie inside follow-up, up to tau, and the reason when fewer than two do."
     tau = sheet_tau(sheet)
@@ -352,9 +361,9 @@ def integrated_estimates(sheet, times, matrix, boot):
     "Integrated Brier score, that of Kaplan-Meier and the index: pairs of scope and estimate."
     grid, problem = brier_grid(sheet, times)
     no_curve = problem or sheet_problem(sheet, grid[-1], sheet.trains)
-    total = lambda terms: terms_mean(sheet, integrated_terms(np.stack(terms), grid))
-    model = None if problem else total([sheet_terms(sheet, t, matrix[:, i]) for i, t in enumerate(times) if t in grid])
-    reference = None if no_curve else total([reference_terms(sheet, t) for t in grid])
+    total = lambda terms: terms_mean(sheet, integrated_terms(terms, grid))
+    model = None if problem else total(sheet_terms(sheet, grid, matrix[:, np.isin(times, grid)]))
+    reference = None if no_curve else total(reference_terms(sheet, grid))
     note = "" if problem else f"grid of {len(grid)} times, {grid[0]:g} to {grid[-1]:g} days"
     yield from _brier_trio(sheet, "integrated Brier", model, reference, boot, note, (problem, no_curve))
 

@@ -166,7 +166,7 @@ def mask_features_of_file(path, # a .nii or .nii.gz file
         return _features(mask, header.voxel_volume_ml, known, region, min_voxels)
     return _named(path, measure)
 
-# %% ../../nbs/13_lesions.ipynb #3b336680
+# %% ../../nbs/13_lesions.ipynb #6405b120
 def lesions_of(mask, # (X, Y, Z) of whole numbers
                affine, # (4, 4), voxel to mm, RAS+
                labels, infratentorial=None, min_voxels=1): # see `mask_features`
@@ -183,7 +183,7 @@ def lesions_of(mask, # (X, Y, Z) of whole numbers
     centers = np.reshape(ndimage.center_of_mass(core, numbered, rows["label"]), (-1, 3)) + [s.start for s in box]
     rows[["center_x_mm", "center_y_mm", "center_z_mm"]] = centers @ np.asarray(affine)[:3, :3].T + np.asarray(affine)[:3, 3]
     rows["diameter_mm"] = np.cbrt(6*rows["volume_ml"]*1000/np.pi)
-    rows["infratentorial_share"] = np.nan if infratentorial is None else voxels_in(core & np.asarray(infratentorial, bool)[box])/sizes
+    rows["infratentorial_share"] = np.nan if infratentorial is None else voxels_in(np.asarray(infratentorial, bool)[box])/sizes
     return rows
 
 # %% ../../nbs/13_lesions.ipynb #d26bec4e
