@@ -4,8 +4,13 @@
 
 # %% auto #0
 __all__ = ['FIELD_OF_VIEW_MM', 'MNI_SCALE', 'MNI_CENTER_MM', 'SRI24_CENTER_MM', 'TISSUES', 'RINGS', 'LABELS', 'LESION_TISSUES',
-           'Grid', 'to_mni', 'anatomy', 'Waves', 'waves', 'own_anatomy', 'Lesion', 'half_axes', 'Surface', 'surface',
-           'level', 'necrosis_level', 'Canvas', 'blank_canvas', 'lowest', 'draw_core', 'draw_edema', 'draw_lesions']
+           'SEQUENCES', 'SIGNALS', 'CENTERS', 'CENTER_SHARE_A', 'STREAMS', 'PRIMARY_SHARES', 'SPELLINGS', 'KPS_SHARES',
+           'N_LESIONS_SHARES', 'SHARE_INFRATENTORIAL', 'SHARE_FEATHERY', 'TERMS', 'TABLE_TERMS', 'TRUTH_DAYS', 'PREFIX',
+           'SHEET_ORDER', 'SUFFIXES', 'Grid', 'to_mni', 'anatomy', 'Waves', 'waves', 'own_anatomy', 'Lesion',
+           'half_axes', 'Surface', 'surface', 'level', 'necrosis_level', 'Canvas', 'blank_canvas', 'lowest',
+           'draw_core', 'draw_edema', 'draw_lesions', 'ideal_signal', 'Scanner', 'scan', 'streams', 'clinical_truth',
+           'as_recorded', 'place', 'plan_lesions', 'Hazard', 'terms', 'risks', 'weibull_survival', 'draw_outcome',
+           'Plan', 'volumes', 'plan_patient', 'follow_ups', 'used_hazard', 'cohort_tables', 'concordance', 'draw_scan']
 
 # %% ../nbs/05_phantom.ipynb #c74dfb78
 import functools
@@ -361,3 +366,384 @@ def draw_lesions(canvas, # Canvas without lesions
     np.clip(canvas.lesions, 0, 1, out=canvas.lesions)
     canvas.lesions /= np.maximum(canvas.lesions.sum(0), 1)
     return canvas
+
+# %% ../nbs/05_phantom.ipynb #a97a3d23
+SEQUENCES = ("t1", "t1ce", "t2", "flair")
+SIGNALS = {"csf":      (0.26, 0.28, 1.70, 0.22),
+           "gm":       (0.70, 0.73, 0.88, 0.90),
+           "wm":       (1.00, 1.00, 0.60, 0.68),
+           "necrosis": (0.42, 0.40, 1.45, 0.80),
+           "edema":    (0.68, 0.70, 1.25, 1.35),
+           "nodular":  (0.66, 1.75, 0.88, 1.05),
+           "feathery": (0.62, 1.60, 1.20, 1.25)}
+
+
+def ideal_signal(canvas, # Canvas
+                 sequence): # one of SEQUENCES
+    "The image that a perfect scanner would give: (X, Y, Z) float32, 0 outside the brain."
+    at = SEQUENCES.index(sequence)
+    total = sum(SIGNALS[tissue][at]*share for tissue, share in zip(TISSUES, canvas.shares))*(1 - canvas.lesions.sum(0))
+    for tissue, share in zip(LESION_TISSUES, canvas.lesions):
+        value, plain = SIGNALS[tissue][at], SIGNALS[tissue][0]
+        is_lit = sequence == "t1ce" and tissue in RINGS
+        total += share*(plain + (value - plain)*canvas.uptake if is_lit else value)
+    return total.astype(np.float32)
+
+# %% ../nbs/05_phantom.ipynb #36b9133c
+@dataclass(frozen=True)
+class Scanner:
+    "How a centre's scanner turns signal into stored numbers."
+    gain: float        # stored number of a signal of 1
+    gain_spread: float # SD of the log gain between scans
+    gamma: float       # signal to the power of this: contrast curve
+    noise: float       # SD of the noise, in units of signal
+    bias: float        # SD of the log of the bias field
+    blur: float        # SD of the point spread, voxels
+
+
+CENTERS = {"A": Scanner(400.0, 0.10, 1.0, 0.030, 0.05, 0.40),
+           "B": Scanner(900.0, 0.15, 0.8, 0.060, 0.12, 0.55)}
+CENTER_SHARE_A = 0.6
+
+# %% ../nbs/05_phantom.ipynb #8523a702
+def scan(signal, # (X, Y, Z) ideal
+         brain, # (X, Y, Z) bool
+         grid, # Grid
+         scanner, # Scanner
+         rng): # numpy Generator
+    "One stored image: int16, 0 outside the brain and at least 1 inside."
+    bias = np.exp(np.float32(scanner.bias)*_slow_field(rng, grid, 180))
+    sharp = ndimage.gaussian_filter(signal, scanner.blur)*bias
+    noise = rng.normal(0, scanner.noise, (2, *grid.shape)).astype(np.float32)
+    magnitude = np.hypot(sharp + noise[0], noise[1])**np.float32(scanner.gamma)
+    gain = scanner.gain*np.exp(rng.normal(0, scanner.gain_spread))
+    return np.where(brain, np.clip(np.rint(magnitude*gain), 1, 32767), 0).astype(np.int16)
+
+# %% ../nbs/05_phantom.ipynb #c5f2029b
+STREAMS = ("clinical", "lesions", "labels", "outcome", "image", "follow_up")
+
+
+def streams(seed, # of the cohort
+            k): # number of the patient, from 0
+    "Independent generators for patient `k`, by purpose."
+    children = np.random.SeedSequence(seed, spawn_key=(k,)).spawn(len(STREAMS))
+    return {name: np.random.default_rng(child) for name, child in zip(STREAMS, children)}
+
+# %% ../nbs/05_phantom.ipynb #7549a0a7
+PRIMARY_SHARES = {"NSCLC adenocarcinoma": 0.324, "NSCLC non-adenocarcinoma": 0.108, "SCLC": 0.088, "Melanoma": 0.182,
+                  "Breast": 0.149, "RCC": 0.074, "GI": 0.075}
+SPELLINGS = {"NSCLC adenocarcinoma": ("nsclc adenocarcinoma ", "Non-small cell lung, adenocarcinoma"), "Breast": ("breast",), "SCLC": ("Small cell lung",)}
+KPS_SHARES = {50: 0.04, 60: 0.10, 70: 0.20, 80: 0.28, 90: 0.28, 100: 0.10}
+
+
+def _pick(rng, shares): return list(shares)[int(rng.choice(len(shares), p=np.array(list(shares.values()))/sum(shares.values())))]
+
+
+def _markers(rng, primary):
+    "What is tested for some primaries only; None elsewhere."
+    egfr, braf, subtype = rng.random() < 0.25, rng.random() < 0.5, _pick(rng, {"triple negative": 0.25, "HR+/HER2-": 0.3, "HR-/HER2+": 0.2, "HR+/HER2+": 0.25})
+    return {"EGFR_ALK": int(egfr) if primary.startswith("NSCLC") else None, "BRAF": int(braf) if primary == "Melanoma" else None,
+            "Breast_subtype": subtype if primary == "Breast" else None, "Hemoglobin": round(float(np.clip(rng.normal(12.6, 1.7), 7, 17)), 1)}
+
+
+def _pack_years(rng, primary):
+    "Many never smoked; a long tail, longer in lung cancer."
+    is_lung = primary in ("SCLC", "NSCLC adenocarcinoma", "NSCLC non-adenocarcinoma")
+    never, amount = rng.random() < (0.2 if is_lung else 0.5), rng.gamma(1.4, 19 if is_lung else 11)
+    return 0 if never else int(min(np.ceil(amount), 100))
+
+# %% ../nbs/05_phantom.ipynb #941fc27a
+def clinical_truth(rng): # numpy Generator
+    "Clinical facts of one patient, before anything is missing or misspelled."
+    primary = _pick(rng, PRIMARY_SHARES)
+    is_female = rng.random() < (1.0 if primary == "Breast" else 0.643)
+    return {"Center": "A" if rng.random() < CENTER_SHARE_A else "B",
+            "Age": int(np.clip(np.rint(28 + 58*rng.beta(3.1, 2.0)), 28, 85)), "Sex": "Female" if is_female else "Male",
+            "Pack_years": _pack_years(rng, primary), "KPS": _pick(rng, KPS_SHARES), "Primary": primary,
+            "Primary_controlled": int(rng.random() < 0.6), "Extranodal": int(rng.random() < 0.453), **_markers(rng, primary)}
+
+
+def as_recorded(facts, # dict from `clinical_truth`
+                rng): # numpy Generator
+    "The same facts with the gaps and spellings of a workbook: centre A writes F and M and leaves gaps empty, B writes NA."
+    gap = "NA" if facts["Center"] == "B" else None
+    no_smoking, no_staging, variant = rng.random(3) < (0.088, 0.007, 0.06)
+    spelled = SPELLINGS.get(facts["Primary"], ()) if variant else ()
+    return {**facts, "Sex": facts["Sex"][0] if facts["Center"] == "A" else facts["Sex"],
+            "Pack_years": gap if no_smoking else facts["Pack_years"], "Extranodal": gap if no_staging else facts["Extranodal"],
+            "Primary": spelled[int(rng.integers(len(spelled)))] if spelled else facts["Primary"]}
+
+# %% ../nbs/05_phantom.ipynb #73be045e
+@functools.lru_cache(maxsize=1)
+def _sites():
+    "Possible centres: world mm (n, 3), depth below the brain's surface mm (n,), weight (n,), is_infratentorial (n,)."
+    grid = Grid((60, 60, 39))
+    csf, gm, wm = anatomy(grid.shape)
+    depth = ndimage.distance_transform_edt(csf + gm + wm > 0.5, sampling=grid.spacing_mm)
+    points = _points(grid.axes_mm())
+    x, y, z = np.moveaxis(to_mni(points), -1, 0)
+    below = (z < -24) & (z > -58) & (y < -44) & (y > -88) & (np.abs(x) < 46)
+    above = (z > 4) | ((y > 0) & (z > -18))
+    weight = np.sqrt(ndimage.gaussian_filter(gm, 1)*ndimage.gaussian_filter(wm, 1)) + 0.02
+    usable = (depth > 3) & (csf < 0.3) & (below | above)
+    return points[usable], depth[usable], weight[usable], below[usable]
+
+# %% ../nbs/05_phantom.ipynb #b3df605e
+def place(rng, # numpy Generator
+          reaches_mm, # how far each lesion reaches from its centre, largest first
+          infratentorial): # bool for each lesion
+    "Centres (world mm) inside the brain and apart from each other; demands are eased when there is no room."
+    points, depth, weight, is_below = _sites()
+    placed = []
+    for reach, below in zip(reaches_mm, infratentorial):
+        clear = np.min([np.linalg.norm(points - c, axis=1) - r - reach for c, r in placed], axis=0) if placed else np.full(len(points), np.inf)
+        for gap_mm, share in ((18, 1.0), (9, 0.7), (3, 0.4), (-np.inf, 0.0)):
+            fit = (is_below == below) & (depth >= share*reach) & (clear > gap_mm)
+            if fit.any(): break
+        edges = np.cumsum(weight*fit)
+        center = points[np.searchsorted(edges, rng.random()*edges[-1], side="right")] + rng.uniform(-2, 2, 3)
+        placed.append((center, reach))
+    return [tuple(np.round(c, 2).tolist()) for c, _ in placed]
+
+# %% ../nbs/05_phantom.ipynb #a7ac71c4
+N_LESIONS_SHARES = dict(zip(range(1, 9), (0.46, 0.19, 0.12, 0.08, 0.06, 0.04, 0.03, 0.02)))
+SHARE_INFRATENTORIAL = 0.265    # of lesions; so that 47 % of patients have one
+SHARE_FEATHERY = 0.34           # of lesions
+
+
+def _core_total_ml(rng):
+    "Core of all lesions of a patient, ml."
+    z = rng.normal()
+    return float(np.clip(4.5*np.exp(z*(1.9 if z < 0 else 1.05)), 0.03, 75))
+
+
+def _tissues(rng, core_ml, ring):
+    "Enhancing tissue, necrosis and edema of a lesion, ml."
+    share = rng.beta(6, 5) if ring == "feathery" else rng.beta(1.4, 5)
+    is_solid = core_ml < 0.12 or (ring == "nodular" and rng.random() < 0.35)
+    necrosis = 0.0 if is_solid else min(share, 0.85)*core_ml
+    edema = 0.0 if rng.random() < 0.12 else min(5.5*core_ml**0.8*np.exp(rng.normal(0, 0.8)), 150)
+    return core_ml - necrosis, necrosis, edema
+
+# %% ../nbs/05_phantom.ipynb #87b2364a
+def plan_lesions(rng, # numpy Generator
+                 label_rng, # numpy Generator for labels that know nothing, used when null
+                 null=False): # labels independent of the ring
+    "The lesions of one patient, largest first: a tuple of `Lesion`."
+    n = _pick(rng, N_LESIONS_SHARES)
+    cores = np.maximum(np.sort(rng.dirichlet(np.full(n, 1.2)))[::-1]*_core_total_ml(rng), 0.015)
+    axes = [half_axes(core, np.exp(rng.normal(0, 0.12, 3))) for core in cores]
+    below = rng.random(n) < SHARE_INFRATENTORIAL
+    rings = np.where(rng.random(n) < SHARE_FEATHERY, "feathery", "nodular")
+    centers = place(rng, [1.15*max(a) for a in axes], below)
+    blind = label_rng.random(n) < SHARE_FEATHERY
+    lesions = []
+    for i in range(n):
+        tissues = [round(float(v), 4) for v in _tissues(rng, cores[i], rings[i])]
+        label = blind[i] if null else rings[i] == "feathery"
+        lesions.append(Lesion(i + 1, centers[i], axes[i], *tissues, str(rings[i]), bool(label), bool(below[i]), int(rng.integers(2**31))))
+    return tuple(lesions)
+
+# %% ../nbs/05_phantom.ipynb #da5597ae
+TERMS = {"age": (63.0, 11.0), "kps": (80.0, 13.0), "extracranial": (0.453, 1.0), "melanoma": (0.182, 1.0),
+         "enhancing": (1.33, 0.80), "edema": (2.70, 1.25), "patchiness": (0.45, 0.26), "largest": (1.50, 0.85)}
+
+
+@dataclass(frozen=True)
+class Hazard:
+    "Log hazard ratios for one step of each term in `TERMS`, and Weibull baselines S0(t) = exp(-(t/scale)^shape)."
+    age: float = 0.30
+    kps: float = -0.50
+    extracranial: float = 0.60
+    melanoma: float = 0.45
+    enhancing: float = 0.25
+    edema: float = 0.40
+    patchiness: float = 0.70          # only the images show it
+    shape: float = 1.15
+    scale_days: float = 600.0
+    local_patchiness: float = 0.80
+    local_largest: float = 0.50
+    local_shape: float = 1.0
+    local_scale_days: float = 900.0
+
+    def without_images(self):
+        "The hazard when no image is written: what only an image shows has no effect."
+        return replace(self, patchiness=0.0, local_patchiness=0.0)
+
+    def cut(self):
+        "The hazard when every link is cut: baselines only."
+        return replace(self, **{name: 0.0 for name in ("age", "kps", "extracranial", "melanoma", "enhancing", "edema", "patchiness", "local_patchiness", "local_largest")})
+
+# %% ../nbs/05_phantom.ipynb #f4754c62
+TABLE_TERMS = ("age", "kps", "extracranial", "melanoma", "enhancing", "edema")
+
+
+def terms(facts): # dict with the columns of the workbook (nothing missing) and patchiness
+    "The standardised terms of the hazard."
+    raw = {"age": facts["Age"], "kps": facts["KPS"], "extracranial": facts["Extranodal"], "melanoma": facts["Primary"] == "Melanoma",
+           "enhancing": np.log1p(facts["ET_vol"]), "edema": np.log1p(facts["Edema_vol"]), "patchiness": facts["patchiness"],
+           "largest": np.log1p(facts["Largest_vol"])}
+    return {name: float((raw[name] - center)/scale) for name, (center, scale) in TERMS.items()}
+
+
+def risks(hazard, z): # z: dict from `terms`
+    "Log hazard ratios: of death in full and from the table alone, and of local failure."
+    table = sum(getattr(hazard, name)*z[name] for name in TABLE_TERMS)
+    local = hazard.local_patchiness*z["patchiness"] + hazard.local_largest*z["largest"]
+    return {"risk_true": table + hazard.patchiness*z["patchiness"], "risk_table": table, "risk_local": local}
+
+# %% ../nbs/05_phantom.ipynb #d252fa6a
+TRUTH_DAYS = (183, 365, 730)     # 6, 12 and 24 months
+
+
+def weibull_survival(risk, # (n,) log hazard ratios
+                     times_days, # (m,)
+                     shape, scale_days):
+    "True survival curves: (n, m)."
+    cumulative = (np.asarray(times_days, float)/scale_days)**shape
+    return np.exp(-np.exp(np.asarray(risk, float))[:, None]*cumulative[None])
+
+
+def draw_outcome(hazard, risk, rng): # risk: dict from `risks`
+    "True and observed times in days, and events."
+    unit = rng.exponential(size=3)
+    death = hazard.scale_days*(unit[0]*np.exp(-risk["risk_true"]))**(1/hazard.shape)
+    failure = hazard.local_scale_days*(unit[1]*np.exp(-risk["risk_local"]))**(1/hazard.local_shape)
+    censoring = min(rng.uniform(120, 1300), 1800*unit[2])
+    end = min(death, censoring)
+    return {"event_time_days": death, "censoring_time_days": censoring, "local_failure_time_days": failure,
+            "Survival (days)": max(int(np.ceil(end)), 1), "Death": int(death <= censoring),
+            "Time to local failure (days)": max(int(np.ceil(min(failure, end))), 1), "Local failure": int(failure <= end)}
+
+# %% ../nbs/05_phantom.ipynb #e61c2b65
+PREFIX = "Phantom-MET"
+
+
+@dataclass(frozen=True)
+class Plan:
+    "One patient before any outcome: facts, lesions, and what only images show."
+    k: int              # number from 0
+    facts: dict         # workbook columns, nothing missing
+    lesions: tuple      # of Lesion
+    patchiness: float   # 0 to 0.9
+
+    def scan_id(self, session=0): return f"{PREFIX}-{self.k + 1:05d}-{session:03d}"
+
+
+def volumes(lesions):
+    "Workbook columns that come from the lesions; volumes in ml, those of the plan."
+    enhancing, necrosis, edema = (sum(getattr(l, f"{t}_ml") for l in lesions) for t in ("enhancing", "necrosis", "edema"))
+    return {"Infratentorial": int(any(l.is_infratentorial for l in lesions)), "ET_num": len(lesions),
+            "Nec_num": sum(l.necrosis_ml > 0 for l in lesions), "Edema_num": sum(l.edema_ml > 0 for l in lesions),
+            "ET_vol": round(enhancing, 3), "Nec_vol": round(necrosis, 3), "Edema_vol": round(edema, 3),
+            "Nec_ET_ratio": round(necrosis/enhancing, 4), "Edema_ET_ratio": round(edema/enhancing, 4),
+            "Largest_vol": round(max(l.core_ml for l in lesions), 3)}
+
+
+def plan_patient(seed, k, null=False):
+    "The `Plan` of patient `k`."
+    draw = streams(seed, k)
+    lesions = plan_lesions(draw["lesions"], draw["labels"], null)
+    return Plan(k, {**clinical_truth(draw["clinical"]), **volumes(lesions)}, lesions, round(float(draw["lesions"].uniform(0, 0.9)), 4))
+
+# %% ../nbs/05_phantom.ipynb #82ac57ce
+def follow_ups(plan, seed, sessions):
+    "Day and lesions of each session; the first is the baseline at day 0. Lesions grow or shrink by a random factor, unrelated to anything."
+    rng, day, lesions, found = streams(seed, plan.k)["follow_up"], 0, plan.lesions, [(0, plan.lesions)]
+    for _ in range(1, sessions):
+        day += int(rng.integers(60, 121))
+        lesions = tuple(_grown(l, float(np.exp(np.clip(rng.normal(0.05, 0.4), -1, 1)))) for l in lesions)
+        found.append((day, lesions))
+    return found
+
+
+def _grown(lesion, factor):
+    "The same lesion with all volumes times `factor`."
+    scaled = {f"{t}_ml": round(getattr(lesion, f"{t}_ml")*factor, 4) for t in ("enhancing", "necrosis", "edema")}
+    return replace(lesion, **scaled, half_axes_mm=tuple(a*factor**(1/3) for a in lesion.half_axes_mm))
+
+# %% ../nbs/05_phantom.ipynb #126f9968
+def _lesion_rows(plan, seed, sessions, grid):
+    "One row of lesion truth for each lesion and session."
+    rows = []
+    for session, (day, lesions) in enumerate(follow_ups(plan, seed, sessions)):
+        for l in lesions:
+            voxel, axes = grid.voxel_of(l.center_mm), sorted(l.half_axes_mm, reverse=True)
+            rows.append({"patient_id": plan.scan_id(), "scan_id": plan.scan_id(session), "session": session, "day": day, "lesion": l.number,
+                         **{f"{a}_voxel": v for a, v in zip("xyz", voxel)}, **{f"{a}_mm": v for a, v in zip("xyz", l.center_mm)},
+                         **{f"half_axis_{i + 1}_mm": round(a, 3) for i, a in enumerate(axes)},
+                         "enhancing_ml": l.enhancing_ml, "necrosis_ml": l.necrosis_ml, "edema_ml": l.edema_ml,
+                         "necrosis_share": round(l.necrosis_ml/l.core_ml, 4), "ring": l.ring, "radionecrosis": int(l.is_radionecrosis),
+                         "infratentorial": int(l.is_infratentorial), "seed": l.seed})
+    return rows
+
+
+def _truth_row(plan, hazard, risk, outcome, is_null):
+    "One row of patient truth."
+    risk = {name: round(value, 6) for name, value in risk.items()}
+    curve = weibull_survival([risk["risk_true"]], TRUTH_DAYS, hazard.shape, hazard.scale_days)[0]
+    hidden = {name: round(outcome[name], 3) for name in ("event_time_days", "censoring_time_days", "local_failure_time_days")}
+    return {"patient_id": plan.scan_id(), "center": plan.facts["Center"], "patchiness": plan.patchiness, **risk, **hidden,
+            **{f"survival_{t}": round(s, 6) for t, s in zip(TRUTH_DAYS, curve)}, "null": is_null, "spawn_key": plan.k}
+
+# %% ../nbs/05_phantom.ipynb #4bdaf016
+SHEET_ORDER = ("BraTS_MET_ID", "Center", "Age", "Sex", "Pack_years", "KPS", "Primary", "Primary_controlled", "Extranodal", "Infratentorial",
+               "ET_num", "Nec_num", "Edema_num", "ET_vol", "Nec_vol", "Edema_vol", "Nec_ET_ratio", "Edema_ET_ratio", "Largest_vol",
+               "EGFR_ALK", "BRAF", "Breast_subtype", "Hemoglobin", "Survival (days)", "Death", "Local failure", "Time to local failure (days)")
+
+
+def used_hazard(images=True, null=False):
+    "The hazard that the outcomes of a cohort are drawn from."
+    hazard = Hazard() if images else Hazard().without_images()
+    return hazard.cut() if null else hazard
+
+
+def cohort_tables(n_patients, seed=0, null=False, images=True, sessions=1, shape=(32, 32, 32)):
+    "The tables of a phantom as DataFrames: `data` and `lesions` (the workbook), `truth` and `truth_lesions`."
+    hazard, grid, data, truth, lesions = used_hazard(images, null), Grid(tuple(shape)), [], [], []
+    for k in range(n_patients):
+        plan, draw = plan_patient(seed, k, null), streams(seed, k)
+        risk = risks(hazard, terms({**plan.facts, "patchiness": plan.patchiness}))
+        outcome = draw_outcome(hazard, risk, draw["outcome"])
+        recorded = {"BraTS_MET_ID": plan.scan_id(), **as_recorded(plan.facts, draw["labels"]), **outcome}
+        data.append({name: recorded[name] for name in SHEET_ORDER})
+        truth.append(_truth_row(plan, hazard, risk, outcome, null))
+        lesions += _lesion_rows(plan, seed, sessions, grid)
+    found = pd.DataFrame(lesions)
+    return {"data": pd.DataFrame(data, dtype=object), "lesions": _lesion_sheet(found), "truth": pd.DataFrame(truth), "truth_lesions": found}
+
+
+def _lesion_sheet(rows):
+    "The workbook's sheet of lesions at baseline: where each is (index of the voxel, from 0), and its label."
+    names = {"patient_id": "BraTS_MET_ID", "lesion": "Lesion", "x_voxel": "X", "y_voxel": "Y", "z_voxel": "Z", "radionecrosis": "Radionecrosis"}
+    return rows.loc[rows.session == 0, list(names)].rename(columns=names)
+
+# %% ../nbs/05_phantom.ipynb #05ba45e3
+def concordance(times_days, # (n,) observed
+                events, # (n,) bool
+                risk): # (n,) higher is worse
+    "Harrell's C; NaN when no pair can be compared."
+    times_days, events, risk = np.asarray(times_days, float), np.asarray(events, bool), np.asarray(risk, float)
+    good = pairs = 0.0
+    for i in np.flatnonzero(events):
+        later = (times_days > times_days[i]) | ((times_days == times_days[i]) & ~events)
+        good += (risk[i] > risk[later]).sum() + 0.5*(risk[i] == risk[later]).sum()
+        pairs += later.sum()
+    return good/pairs if pairs else float("nan")
+
+# %% ../nbs/05_phantom.ipynb #531f890a
+SUFFIXES = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f", "mask": "seg"}
+
+
+def draw_scan(plan, # Plan
+              lesions, # tuple of Lesion, those of the session
+              seed, # of the cohort
+              shape, # voxels
+              session=0):
+    "Four sequences (int16) and the mask (uint8) of one session: a dict of arrays (X, Y, Z)."
+    grid = Grid(tuple(shape))
+    anatomy_rng, *session_rngs = streams(seed, plan.k)["image"].spawn(session + 2)
+    canvas = draw_lesions(blank_canvas(own_anatomy(anatomy_rng, grid), grid), lesions, plan.patchiness)
+    scanner = CENTERS[plan.facts["Center"]]
+    drawn = {s: scan(ideal_signal(canvas, s), canvas.brain, grid, scanner, session_rngs[session]) for s in SEQUENCES}
+    return {**drawn, "mask": canvas.mask}

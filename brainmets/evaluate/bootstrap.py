@@ -129,7 +129,7 @@ def check_level(level, n_resamples):
     if not 0 < level < 1: raise DataError(f"level is {level}; expected a share between 0 and 1, such as 0.95.")
     if n_resamples < 20: raise DataError(f"n_resamples is {n_resamples}; expected at least 20, 1000 for a report.")
 
-# %% ../../nbs/29_bootstrap.ipynb #eb967475
+# %% ../../nbs/29_bootstrap.ipynb #1636bdd2
 def patient_bootstrap(table,               # rows with `patient_id` and `event`; `sample_id` is counted when there
                       statistic,           # on='table': table -> number; on='counts': draws (resamples, patients) -> (resamples,)
                       n_resamples=1000, seed=0, level=0.95,
@@ -140,7 +140,7 @@ def patient_bootstrap(table,               # rows with `patient_id` and `event`;
     "Estimate and percentile interval of a statistic, resampling patients with all their rows."
     check_level(level, n_resamples)
     code, patients = pd.factorize(table["patient_id"])
-    samples = table.drop_duplicates("sample_id") if "sample_id" in table else table
+    samples = table.drop_duplicates(["patient_id", "sample_id"]) if "sample_id" in table else table
     counted = dict(n_patients=len(patients), n_samples=len(samples), n_events=int(samples["event"].sum()))
     values_of = statistic if on == "counts" else lambda counts: _values_on_tables(table, code, statistic, counts)
     estimate = float(values_of(np.ones((1, len(patients))))[0]) if len(table) else np.nan
