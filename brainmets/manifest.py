@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ASK', 'DAYS_PER_UNIT', 'Unit', 'TISSUES', 'Values', 'Part', 'Expected', 'CohortPart', 'TablePart', 'OutcomePart',
            'CovariatePart', 'FeatureGroup', 'ImagesPart', 'LabelsPart', 'Exclusion', 'Overlap', 'Manifest', 'value_at',
-           'with_setting', 'setting_value', 'parse_manifest', 'load_manifest', 'open_settings', 'patient_fields']
+           'with_setting', 'setting_value', 'parse_manifest', 'load_manifest', 'open_settings', 'PathField',
+           'patient_fields']
 
 # %% ../nbs/01_manifest.ipynb #ae88915c
 import re
@@ -318,7 +319,12 @@ def open_settings(manifest):
     walk(manifest, "")
     return found
 
-# %% ../nbs/01_manifest.ipynb #87953e5c
+# %% ../nbs/01_manifest.ipynb #c9120556
+class PathField(str):
+    "A field of an identifier: text as it is written (0012), a number where a format asks for one ({number:04d})."
+    def __format__(self, spec): return format(int(self), spec) if spec.endswith("d") else format(str(self), spec)
+
+
 def patient_fields(table, # TablePart
                    identifier): # as it stands in the file
     "The canonical patient_id and the named groups of the pattern: (patient_id, dict). None when the pattern does not match."
@@ -326,5 +332,5 @@ def patient_fields(table, # TablePart
     if not table.patient_pattern: return identifier, {}
     match = re.fullmatch(table.patient_pattern, identifier)
     if match is None: return None, {}
-    groups = {k: int(v) if v and v.isdigit() else v for k, v in match.groupdict().items()}
+    groups = {k: PathField(v or "") for k, v in match.groupdict().items()}
     return table.patient_format.format(**groups), groups

@@ -34,7 +34,7 @@ def page_template(source:str # Jinja2 source
     settings = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return Environment(**settings).from_string(source)
 
-# %% ../nbs/07_pages.ipynb #36fb7b8d
+# %% ../nbs/07_pages.ipynb #dec1637b
 @dataclass(frozen=True, eq=False)
 class Paragraph:
     "Plain text; a blank line starts a new paragraph."
@@ -45,7 +45,6 @@ class Heading:
     "A heading inside a section."
     text: str # without markup
 
-# %% ../nbs/07_pages.ipynb #8dc10de2
 PARAGRAPH = page_template("{% for part in parts %}<p>{{ part }}</p>\n{% endfor %}")
 HEADING = page_template("<h3>{{ text }}</h3>\n")
 
@@ -60,7 +59,7 @@ def html(self:Heading):
     "The heading."
     return Markup(HEADING.render(text=self.text))
 
-# %% ../nbs/07_pages.ipynb #74f512d3
+# %% ../nbs/07_pages.ipynb #3048f64c
 NOTICE_WORDS = {"info": "Note", "warning": "Warning", "void": "Void"}
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +72,6 @@ class Notice:
         if self.kind not in NOTICE_WORDS:
             raise DataError(f"Notice: kind '{self.kind}' is not one of {', '.join(NOTICE_WORDS)}; {suggestion(self.kind, NOTICE_WORDS)}")
 
-# %% ../nbs/07_pages.ipynb #1a306930
 NOTICE = page_template("""<div class="notice {{ kind }}" role="note"><strong>{{ word }}</strong> <span>{{ text }}</span></div>
 """)
 
@@ -208,7 +206,7 @@ def figure_png(figure:Figure # matplotlib
     figure.savefig(buffer, format="png", dpi=FIGURE_DPI, metadata={"Software": None})
     return buffer.getvalue()
 
-# %% ../nbs/07_pages.ipynb #517f1c6f
+# %% ../nbs/07_pages.ipynb #2226e592
 @dataclass(frozen=True, eq=False)
 class FigureBlock:
     "A matplotlib figure with its caption."
@@ -227,7 +225,6 @@ class FigureBlock:
         "The bytes of the picture, drawn once."
         return figure_png(self.figure)
 
-# %% ../nbs/07_pages.ipynb #507644b5
 FIGURE = page_template("""<figure class="picture"><img src="data:image/png;base64,{{ data }}" width="{{ width }}" height="{{ height }}" alt="{{ alt }}">
 <figcaption>{{ caption }}</figcaption></figure>
 """)
@@ -239,7 +236,7 @@ def html(self:FigureBlock):
     data = base64.b64encode(self.png).decode("ascii")
     return Markup(FIGURE.render(data=data, width=width, height=height, alt=self.alt, caption=self.caption))
 
-# %% ../nbs/07_pages.ipynb #52bfa3e0
+# %% ../nbs/07_pages.ipynb #929c57da
 @dataclass(frozen=True, eq=False)
 class KeyValues:
     "Facts, one a line."
@@ -251,7 +248,6 @@ KEY_VALUES = page_template("""<dl class="facts">
 </dl>
 """)
 
-# %% ../nbs/07_pages.ipynb #f020face
 @patch
 def html(self:KeyValues):
     "A list of names and values."
@@ -375,20 +371,25 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
 .notice.void strong { color: var(--void); text-transform: uppercase; letter-spacing: .04em; }
 """
 
-# %% ../nbs/07_pages.ipynb #a9ca3c52
+# %% ../nbs/07_pages.ipynb #a68c2da3
 BLOCK_STYLE = """
 figure { margin: 1.3rem 0; }
 figcaption { font-size: .9rem; color: var(--soft); max-width: 46rem; }
 figure.table figcaption { font-weight: 600; color: var(--ink); margin-bottom: .4rem; }
 figure.picture img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; margin-bottom: .4rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--page) 40%, transparent) left/32px 100% no-repeat local,
+  linear-gradient(to left, var(--page) 40%, transparent) right/32px 100% no-repeat local, linear-gradient(to right, #6b7a8755, transparent) left/12px 100% no-repeat scroll,
+  linear-gradient(to left, #6b7a8755, transparent) right/12px 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-variant-numeric: tabular-nums; min-width: 50%; }
 th, td { padding: .3rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { vertical-align: bottom; font-weight: 600; border-top: 1px solid var(--soft); border-bottom: 1px solid var(--soft); }
 tbody tr:last-child td { border-bottom-color: var(--soft); }
 th:first-child, td:first-child { padding-left: .1rem; }
 td { min-width: 3.5rem; max-width: 26rem; white-space: pre-wrap; }
-.num { text-align: right; white-space: nowrap; }
+.num { text-align: right; }
+td.num { white-space: nowrap; }
+th.num { min-width: 4.5rem; }
+th:first-child, td:first-child { min-width: 6.5rem; }
 .under { font-size: .85rem; color: var(--soft); margin: .4rem 0 0; }
 .facts { margin: 1rem 0; font-size: .95rem; max-width: 46rem; font-variant-numeric: tabular-nums; }
 .facts div { display: flex; gap: 1rem; padding: .25rem 0; border-bottom: 1px solid var(--line); }

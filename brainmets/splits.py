@@ -96,7 +96,7 @@ def _raw_strata(patients, n_time_bins, center):
         strata = strata + " | " + patients["center"]
     return strata.astype(str)
 
-# %% ../nbs/06_splits.ipynb #921ef76b
+# %% ../nbs/06_splits.ipynb #6ee60129
 def _partner(name, sizes):
     "The stratum to join: the same first part, most leading parts in common, then the smallest; '' when there is none."
     parts = name.split(" | ")
@@ -107,9 +107,7 @@ def _partner(name, sizes):
     return min(others, key=distance, default="")
 
 
-def _both(*names):
-    "Names joined by '+', each once, in order."
-    return "+".join(sorted({part for name in names for part in name.split("+")}))
+def _both(*names): return "+".join(sorted({part for name in names for part in name.split("+")}))
 
 
 def merge_small(strata, # Series of text, one a patient, parts joined by ' | '
@@ -165,10 +163,10 @@ def spread_draw(strata, # text, one a patient
     steps = (np.arange(n) + rng.random())*len(strata)/max(n, 1)
     return np.sort(order[steps.astype(int)])
 
-# %% ../nbs/06_splits.ipynb #a343091d
+# %% ../nbs/06_splits.ipynb #214182ba
 def _enough(patients, min_events=1):
     "Whether these patients hold `min_events` events, or two different labels."
-    if "label" in patients: return patients["label"].nunique() > 1
+    if "label" in patients: return patients["label"].nunique() > min(min_events, 1)
     return int(patients["event"].sum()) >= min_events
 
 
@@ -183,7 +181,7 @@ def empty_parts(folds, # folds of one or several repeats
         if not _enough(patients.loc[rows["patient_id"]], min_events): lacking.append(f"fold {fold} inner fold {inner}")
     return lacking
 
-# %% ../nbs/06_splits.ipynb #214d3f20
+# %% ../nbs/06_splits.ipynb #399cd82f
 MAX_DRAWS = 100
 
 
@@ -202,11 +200,13 @@ def _redraw(draw, # attempt -> folds of one repeat
 
 def _refuse_impossible(patients, n_parts, min_events):
     "Raise when there are fewer events (or patients without the commonest label) than parts that need one."
-    n = len(patients) - patients["label"].value_counts().max() if "label" in patients else int(patients["event"].sum())//min_events
-    what = "patients without the commonest label" if "label" in patients else f"times {min_events} event(s)"
-    if n < n_parts:
-        raise DataError(f"{n_parts} parts, {n} {what} among {len(patients)} patients: some part would have none. "
-                        + (f"Remedy: at most {n} parts (folds)." if n > 1 else "Remedy: these patients cannot be split; pool cohorts."))
+    if not min_events: return
+    if "label" in patients: n, what = len(patients) - patients["label"].value_counts().max(), "are without the commonest label"
+    else: n, what = int(patients["event"].sum()), "have an event"
+    if n < n_parts*min_events:
+        most = n//min_events
+        raise DataError(f"{n_parts} parts need {min_events} each, from different patients, and {n} of {len(patients)} patients {what}. "
+                        + (f"Remedy: at most {most} parts (folds)." if most > 1 else "Remedy: these patients cannot be split; pool cohorts."))
 
 # %% ../nbs/06_splits.ipynb #dc8acb6e
 def _one_fold(strata, # Series of text by patient_id
@@ -221,7 +221,7 @@ def _one_fold(strata, # Series of text by patient_id
         inner[train] = deal(merge_small(strata[train], inner_folds)[0].to_numpy(), inner_folds, int(rng.integers(2**31)))
     return pd.DataFrame({"repeat": 0, "fold": fold, "patient_id": strata.index, "partition": partition, "inner_fold": inner})
 
-# %% ../nbs/06_splits.ipynb #2db019e4
+# %% ../nbs/06_splits.ipynb #9981921c
 def _repeats(draw, # (repeat, rng) -> folds
              patients, repeats, seed, on_empty, min_events, notes, method):
     "The folds of all repeats as one table, with method, seed, notes and leaking in `attrs`."
@@ -229,6 +229,7 @@ def _repeats(draw, # (repeat, rng) -> folds
     for repeat in range(repeats):
         found, n_bad = _redraw(lambda attempt: draw(np.random.default_rng([seed, repeat, attempt])), patients, on_empty, min_events)
         if n_bad: notes.append(f"repeat {repeat}: {n_bad} draw(s) left a part without events and were drawn again")
+        if not min_events and (lacking := empty_parts(found, patients)): notes.append(f"repeat {repeat}: allowed without events: {', '.join(lacking)}")
         tables.append(found.assign(repeat=repeat))
     folds = pd.concat(tables).sort_values(["repeat", "fold", "patient_id"], ignore_index=True)[list(FOLDS)]
     folds.attrs.update(method=method, seed=seed, leaking=False, notes=notes)
@@ -248,7 +249,7 @@ def shares(sizes): # a name of `SIZES`, (train, valid, test) or (train, test)
         raise DataError(f"sizes={sizes}; expected two or three positive shares (train, test or train, valid, test) that sum to 1.")
     return sizes if len(sizes) == 3 else (sizes[0], 0., sizes[1])
 
-# %% ../nbs/06_splits.ipynb #0387dc7e
+# %% ../nbs/06_splits.ipynb #7b3c20bb
 def hold_out(samples, # samples table
              sizes="70/15/15", # a name of `SIZES`, or shares of (train, valid, test) or (train, test)
              seed=42, # same seed, same patients: same split
@@ -256,7 +257,7 @@ def hold_out(samples, # samples table
              inner_folds=0, # inner folds of the training patients; 0: none
              by=None, n_time_bins=2, center=False, # see `strata`
              on_empty="repair", # or "raise": what to do about a part without events
-             min_events=1): # events each part needs
+             min_events=1): # events each part needs; 0 allows parts without any
     "Folds table of a split into training, validation and test patients."
     patients, (_, valid, test) = patients_of(samples, by), shares(sizes)
     n_valid, n_test = (int(round(s*len(patients))) for s in (valid, test))
@@ -269,7 +270,7 @@ def hold_out(samples, # samples table
         return _one_fold(found, 0, is_test, n_valid, inner_folds, rng)
     return _repeats(draw, patients, repeats, seed, on_empty, min_events, found.attrs["notes"], "hold_out")
 
-# %% ../nbs/06_splits.ipynb #55e0bd9a
+# %% ../nbs/06_splits.ipynb #1050eb15
 def k_fold(samples, # samples table
            n_folds=5,
            seed=42, # same seed, same patients: same folds
@@ -278,7 +279,7 @@ def k_fold(samples, # samples table
            valid_share=0., # share of the patients outside test that becomes 'valid'
            by=None, n_time_bins=2, center=False, # see `strata`
            on_empty="repair", # or "raise": what to do about a part without events
-           min_events=1): # events each part needs
+           min_events=1): # events each part needs; 0 allows parts without any
     "Folds table of a cross-validation over patients."
     if n_folds < 2 or repeats < 1 or inner_folds in (1,) or inner_folds < 0 or not 0 <= valid_share < 1:
         raise DataError(f"n_folds={n_folds}, repeats={repeats}, inner_folds={inner_folds}, valid_share={valid_share}; expected 2 or more, "
@@ -312,13 +313,13 @@ def _center_pools(patients, on_empty, min_events):
         notes.append(f"center {first} has too few events and is tested together with {second}")
         pool = pool.replace({first: _both(first, second), second: _both(first, second)})
 
-# %% ../nbs/06_splits.ipynb #18ce33f1
+# %% ../nbs/06_splits.ipynb #407d4811
 def leave_one_center_out(samples, # samples table with center
                          seed=42, # for the valid part and the inner folds; the test parts are the centers
                          inner_folds=0, valid_share=0., # see `k_fold`
                          by=None, n_time_bins=2, # see `strata`
                          on_empty="repair", # or "raise": what to do about a center without events
-                         min_events=1): # events each part needs
+                         min_events=1): # events each part needs; 0 allows parts without any
     "Folds table with one fold a center, in the order of their names."
     check_columns(samples, ["center"], "samples")
     patients = patients_of(samples, by)

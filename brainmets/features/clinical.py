@@ -93,7 +93,7 @@ class FittedColumn:
     has_missing: bool = False  # whether values were missing in training
     n_missing: int = 0
 
-# %% ../../nbs/15_clinical.ipynb #d8e370fc
+# %% ../../nbs/15_clinical.ipynb #ca826d11
 def _fit_number(values, column, min_count):
     "Median, mean and SD."
     fill = float(values.median()) if values.notna().any() else 0.0
@@ -117,7 +117,7 @@ def _fit_category(values, column, min_count):
     rare = [level for level in ranked[1:] if counts[level] < min_count or level == OTHER]
     return {"fill": ranked[0] if ranked else "", "levels": tuple(sorted(set(ranked[1:]) - set(rare))), "pooled": tuple(sorted(rare))}
 
-
+# %% ../../nbs/15_clinical.ipynb #d395c233
 FITTERS = {"number": _fit_number, "category": _fit_category, "flag": _fit_flag}
 
 
@@ -171,7 +171,7 @@ class ClinicalEncoder:
     n_rows: int           # that it was fitted on
     n_patients: int
 
-# %% ../../nbs/15_clinical.ipynb #086a1cb0
+# %% ../../nbs/15_clinical.ipynb #747fc72b
 def _checked(samples):
     "The samples with their ids checked: sample_id is there and each stands once."
     check_columns(samples, ["sample_id"], "samples")
@@ -189,7 +189,7 @@ def fit_encoder(samples, # TRAINING rows of the samples table
     if not columns or len(set(names)) < len(names): raise DataError(f"columns {listed(names)}: expected one or more, each once.")
     check_columns(_checked(samples), [*names, "patient_id"], "samples")
     if not len(samples): raise DataError("no training row to fit an encoder on. Remedy: look at the folds.")
-    rows = samples.sort_values("sample_id")            # sums do not depend on the order of rows
+    rows = samples.sort_values("sample_id", key=lambda ids: ids.astype(str))   # sums do not depend on the order of rows
     fitted = tuple(_fit_column(rows, c, min_count) for c in columns)
     parts = [_features_of(c, rows) for c in fitted]
     made = [name for part in parts for name in part]
@@ -197,6 +197,7 @@ def fit_encoder(samples, # TRAINING rows of the samples table
     if clash: raise DataError(f"two columns make a feature '{clash[0]}'. Remedy: rename one of them.")
     dropped = _dropped(pd.DataFrame({k: v for part in parts for k, v in part.items()}))
     dropped |= {n: "no value in training" for c, part in zip(fitted, parts) if c.n_missing == len(rows) for n in part}
+    dropped |= {c.name: f"one level in training: {c.fill}" for c, part in zip(fitted, parts) if not part}
     kept = tuple(n for n in made if n not in dropped)
     if not kept: raise DataError(f"no feature is left: {listed(f'{n} ({why})' for n, why in dropped.items())}.")
     return ClinicalEncoder(fitted, kept, dropped, len(rows), int(rows["patient_id"].nunique()))
@@ -229,11 +230,12 @@ def transform(self:ClinicalEncoder,
     features = {k: v for column in self.columns for k, v in _features_of(column, samples).items()}
     return pd.DataFrame({name: features[name] for name in self.feature_names}, index=pd.Index(samples["sample_id"], name="sample_id"), dtype=float)
 
-# %% ../../nbs/15_clinical.ipynb #af88c944
+# %% ../../nbs/15_clinical.ipynb #28965542
 def _unit(column, feature):
     "What one unit of a feature is."
     if feature == f"{column.name}_missing": return "1 when missing"
     if column.kind == "flag": return "1 when yes, 0 when no"
+    if feature == column.name and column.kind == "category": return ""
     if column.kind == "category":
         level = feature.removeprefix(f"{column.name}=")
         return f"1 when {level}" + (f" ({', '.join(column.pooled)} or unseen)" if level == OTHER and column.pooled else "") + f", against {column.fill}"
@@ -365,7 +367,7 @@ def _enough_followers(correlation, threshold, max_features):
         if max_features is None or (leader < 0).sum() <= max_features: return float(t), leader
     raise DataError(f"{(leader < 0).sum()} columns are left at the lowest threshold, more than max_features={max_features}. Remedy: n_components.")
 
-# %% ../../nbs/15_clinical.ipynb #7571ea15
+# %% ../../nbs/15_clinical.ipynb #fbeb7ae0
 def _components(standardised, # (n, p)
                 n_components):
     "(loadings, explained share) of the first principal components; the largest loading of each is positive."
@@ -376,6 +378,14 @@ def _components(standardised, # (n, p)
     rows = rows*np.sign(rows[np.arange(len(rows)), largest])[:, None]
     return rows[:n_components], (singular**2/(singular**2).sum())[:n_components]
 
+# %% ../../nbs/15_clinical.ipynb #a7cfcd46
+def _filled(X):
+    "(values without gaps, median of each column, number of gaps of each), rows in the order of their ids: sums do not depend on the given order."
+    values = _numeric_table(X)[np.argsort(X.index.astype(str), kind="stable")]
+    missing = np.isnan(values)
+    fill = np.array([np.median(v[~m]) if not m.all() else 0.0 for v, m in zip(values.T, missing.T)])
+    return np.where(missing, fill, values), fill, missing.sum(axis=0)
+
 
 def fit_reducer(X, # TRAINING rows of a numeric table, index sample_id
                 threshold=0.9, # |r| above which a column follows an earlier one
@@ -385,11 +395,8 @@ def fit_reducer(X, # TRAINING rows of a numeric table, index sample_id
                 same_share=0.95): # drop a column when one value fills more than this share of rows
     "A `Reducer` fitted on these rows. Outcomes are never read."
     if not 0 < threshold <= 1 or len(X) < 3: raise DataError(f"threshold={threshold}, {len(X)} rows; expected 0 to 1, and 3 rows or more.")
-    values = _numeric_table(X)[np.argsort(X.index.astype(str), kind="stable")]   # the order of rows does not matter
-    missing = np.isnan(values)
-    fill = np.array([np.median(v[~m]) if not m.all() else 0.0 for v, m in zip(values.T, missing.T)])
-    values = np.where(missing, fill, values)
-    reasons = [_hardly_varies(v, m.sum(), same_share, min_variance) for v, m in zip(values.T, missing.T)]
+    values, fill, n_missing = _filled(X)
+    reasons = [_hardly_varies(v, m, same_share, min_variance) for v, m in zip(values.T, n_missing)]
     dropped, usable = {c: why for c, why in zip(X, reasons) if why}, np.flatnonzero([not why for why in reasons])
     if not len(usable): raise DataError(f"no column varies: {listed(f'{c} ({w})' for c, w in dropped.items())}.")
     mean, sd = values.mean(axis=0), values.std(axis=0)
