@@ -7,7 +7,7 @@ __all__ = ['DETERMINES', 'SUSPECT', 'FEWEST', 'FEWEST_EVENTS', 'MASKS', 'order_s
            'check_columns_against_outcome', 'check_identifying', 'note_overlaps', 'check_headers', 'allowed_values',
            'check_voxels', 'check_sample', 'check_identical', 'check_images', 'check']
 
-# %% ../nbs/04_checks.ipynb #e3273621
+# %% ../nbs/04_checks.ipynb #5dc3effd
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from sksurv.exceptions import NoComparablePairException
 from sksurv.metrics import concordance_index_censored
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .cohort import Cohort, Problem, examine, fatal, problem_table
 from .manifest import load_manifest

@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'METHODS', 'HIGH_VIF', 'SKEWED', 'check_covariates', 'standardized_difference',
-           'standardized_difference_levels', 'median_text', 'mean_text', 'share_text', 'table_one', 'column_label',
-           'histogram_figure', 'bars_figure', 'correlation_table', 'correlation_figure', 'variance_inflation',
-           'vif_table', 'missingness_table', 'missing_patterns', 'missingness_figure', 'volume_columns',
-           'volumes_figure', 'volume_table', 'lesion_counts']
+           'standardized_difference_levels', 'number_text', 'median_text', 'range_text', 'mean_text', 'share_text',
+           'table_one', 'column_label', 'histogram_figure', 'bars_figure', 'correlation_table', 'correlation_figure',
+           'variance_inflation', 'vif_table', 'missingness_table', 'missing_patterns', 'missingness_figure',
+           'volume_columns', 'volumes_figure', 'volume_table', 'lesion_counts']
 
-# %% ../nbs/10_covariates.ipynb #dcbc30a5
+# %% ../nbs/10_covariates.ipynb #4cc34be7
 import textwrap
 import warnings
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator, NullFormatter
 from scipy.stats import skew
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
-from .pages import FAINT, INK, PALETTE, column_decimals, new_figure
-from .survival import as_levels, draw_histogram, level_counts, patient_groups, patient_rows
+from .pages import FAINT, INK, PALETTE, new_figure
+from .survival import as_levels, draw_histogram, level_counts, log_axis, patient_groups, patient_rows, whole_ticks
 from .tables import DataError, check_columns, listed
 
 # %% ../nbs/10_covariates.ipynb #94ffb72f
@@ -62,30 +61,41 @@ def standardized_difference_levels(a, # levels of one group
     if np.linalg.matrix_rank(covariance) < len(p): return np.nan
     return float(np.sqrt((p - q) @ np.linalg.solve(covariance, p - q)))
 
-# %% ../nbs/10_covariates.ipynb #3682ad1a
+# %% ../nbs/10_covariates.ipynb #4aa43f77
+def number_text(value):
+    "A number to three figures; whole numbers and those of three digits without decimals."
+    return f"{value:.0f}" if value == round(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def _numbers(values): return pd.to_numeric(values, errors="coerce").dropna().astype(float)
+
+
 def median_text(values):
-    "Median (quartiles; range) as text."
-    known = pd.to_numeric(values, errors="coerce").dropna()
+    "Median (quartiles) as text."
+    known = _numbers(values)
     if known.empty: return "–"
-    digits = column_decimals(known)
-    median, low, high, least, most = (f"{v:.{digits}f}" for v in [*known.quantile([0.5, 0.25, 0.75]), known.min(), known.max()])
-    return f"{median} ({low} to {high}; {least} to {most})"
+    median, low, high = (number_text(v) for v in known.quantile([0.5, 0.25, 0.75]))
+    return f"{median} ({low} to {high})"
 
 
+def range_text(values):
+    "Smallest and largest value as text."
+    known = _numbers(values)
+    return f"{number_text(known.min())} to {number_text(known.max())}" if len(known) else "–"
+
+# %% ../nbs/10_covariates.ipynb #b7495ccc
 def mean_text(values):
     "Mean (standard deviation) as text."
-    known = pd.to_numeric(values, errors="coerce").dropna()
+    known = _numbers(values)
     if known.empty: return "–"
-    digits = max(1, column_decimals(known))
-    deviation = f"{known.std():.{digits}f}" if len(known) > 1 else "–"
-    return f"{known.mean():.{digits}f} ({deviation})"
+    return f"{number_text(known.mean())} ({number_text(known.std()) if len(known) > 1 else '–'})"
 
 
 def share_text(n, total):
     "Count (share) as text."
     return f"{n} ({n/total:.1%})" if total else "0"
 
-# %% ../nbs/10_covariates.ipynb #63b69d69
+# %% ../nbs/10_covariates.ipynb #4bd5bc0a
 def _missing_row(name, label, patients, groups):
     "The row of missing values, if there are any."
     if patients[name].notna().all(): return []
@@ -93,8 +103,8 @@ def _missing_row(name, label, patients, groups):
 
 
 def _numeric_rows(name, label, patients, groups):
-    rows = [{"characteristic": label, "statistic": "median (quartiles; range)", **{g: median_text(t[name]) for g, t in groups.items()}},
-            {"characteristic": label, "statistic": "mean (SD)", **{g: mean_text(t[name]) for g, t in groups.items()}}]
+    texts = {"median (quartiles)": median_text, "range": range_text, "mean (SD)": mean_text}
+    rows = [{"characteristic": label, "statistic": statistic, **{g: text(t[name]) for g, t in groups.items()}} for statistic, text in texts.items()]
     return rows + _missing_row(name, label, patients, groups)
 
 
@@ -107,7 +117,7 @@ def _categorical_rows(name, label, patients, groups):
             for level in counts]
     return rows + _missing_row(name, label, patients, groups)
 
-# %% ../nbs/10_covariates.ipynb #30249f8e
+# %% ../nbs/10_covariates.ipynb #fb1aa47f
 RESERVED = ("characteristic", "statistic", "overall", "smd")
 
 def _difference(name, patients, groups, is_numeric):
@@ -117,7 +127,7 @@ def _difference(name, patients, groups, is_numeric):
     levels = as_levels(patients[name])
     return standardized_difference_levels(levels[a.index], levels[b.index])
 
-
+# %% ../nbs/10_covariates.ipynb #d06325de
 def table_one(samples:pd.DataFrame, # one row for each patient; of several rows the first counts
               numeric, # names of numeric covariates
               categorical, # names of categorical covariates
@@ -140,11 +150,11 @@ def table_one(samples:pd.DataFrame, # one row for each patient; of several rows 
 
 
 def column_label(name, units=None):
-    "A column with its unit: age (years)."
+    "A column with its unit, unless its name says it: age (years), edema_ml."
     unit = (units or {}).get(name, "")
-    return f"{name} ({unit})" if unit else str(name)
+    return f"{name} ({unit})" if unit and not str(name).endswith(f"_{unit}") else str(name)
 
-# %% ../nbs/10_covariates.ipynb #3bdfec5a
+# %% ../nbs/10_covariates.ipynb #cbf32798
 def histogram_figure(values:pd.Series, # a numeric covariate
                      label:str, # for the axis, with the unit
                      is_log:bool=False # logarithmic axis
@@ -153,13 +163,14 @@ def histogram_figure(values:pd.Series, # a numeric covariate
     known = pd.to_numeric(values, errors="coerce").dropna()
     figure, ax = new_figure()
     draw_histogram(ax, known, is_log=is_log)
+    if not is_log and len(known) and (known == known.round()).all(): ax.xaxis.set_major_locator(whole_ticks(8))
     below = int((known <= 0).sum()) if is_log else 0
     counts = [f"n = {len(known)}", f"missing {len(values) - len(known)}", *([f"zero {below}, not drawn"] if below else [])]
     ax.set_title(", ".join(counts), loc="left", fontsize=9.5, color=INK)
     ax.set(xlabel=label, ylabel="patients")
     return figure
 
-# %% ../nbs/10_covariates.ipynb #382fe12c
+# %% ../nbs/10_covariates.ipynb #f9636ddc
 def bars_figure(values:pd.Series, # a categorical covariate
                 label:str # for the axis
                ): # Figure
@@ -176,7 +187,7 @@ def bars_figure(values:pd.Series, # a categorical covariate
     ax.set_yticks(range(len(entries)), [entry[0] for entry in entries])
     ax.set_ylim(len(entries) - 0.4, -0.6)
     ax.set_xlim(0, max([n for _, n, _, _ in entries] + [1])*1.32)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(whole_ticks())
     ax.set(xlabel=f"patients, by {label}")
     return figure
 
@@ -302,7 +313,7 @@ def missing_patterns(samples, columns, n_patterns:int=8):
     order = sorted(counts.index, key=lambda pattern: (-counts[pattern], pattern))[:n_patterns]
     return pd.DataFrame({"missing": order, "patients": [int(counts[pattern]) for pattern in order]})
 
-# %% ../nbs/10_covariates.ipynb #dd1b6ac7
+# %% ../nbs/10_covariates.ipynb #f53cb517
 def missingness_figure(samples:pd.DataFrame, # one row for each patient; of several rows the first counts
                        columns # names; those without gaps are not drawn
                       ): # Figure
@@ -311,7 +322,7 @@ def missingness_figure(samples:pd.DataFrame, # one row for each patient; of seve
     absent = patients[list(columns)].isna()
     absent = absent.loc[:, absent.any()]
     absent = absent[sorted(absent.columns, key=lambda name: (-absent[name].sum(), str(name)))[:30]]
-    figure, ax = new_figure(5.2, 1.0 + 0.3*max(1, absent.shape[1]))
+    figure, ax = new_figure(4.8, 1.0 + 0.3*max(1, absent.shape[1]))
     if absent.empty or not absent.shape[1]:
         ax.text(0.5, 0.5, "nothing is missing", ha="center", va="center", transform=ax.transAxes, color=INK)
         ax.set_axis_off()
@@ -321,11 +332,11 @@ def missingness_figure(samples:pd.DataFrame, # one row for each patient; of seve
     ax.set_yticks(range(len(grid)), [textwrap.shorten(str(name), 30, placeholder="...") for name in absent.columns])
     for row, share in enumerate(absent.mean()): ax.text(1.01, row, f"{share:.1%}", transform=ax.get_yaxis_transform(), va="center", fontsize=9.5, color=INK)
     ax.hlines(np.arange(len(grid) - 1) + 0.5, -0.5, grid.shape[1] - 0.5, color="white", linewidth=2)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(whole_ticks(6))
     ax.set(xlabel="patients, those with the same gaps together")
     return figure
 
-# %% ../nbs/10_covariates.ipynb #7e4f0abd
+# %% ../nbs/10_covariates.ipynb #7b0f657c
 def volume_columns(table):
     "Names of the columns of volumes: those that end in _ml."
     return [name for name in table.columns if str(name).endswith("_ml")]
@@ -335,31 +346,32 @@ def volumes_figure(table:pd.DataFrame, # lesions or patients, one row each
                    columns, # names of volumes in ml
                    unit:str="lesions" # what one row is
                   ): # Figure
-    "Every volume as a point, with median and quartiles, on a logarithmic axis."
-    figure, ax = new_figure(5.2, 1.1 + 0.6*len(columns))
+    "Every volume above zero as a point, with their median and quartiles, on a logarithmic axis."
+    figure, ax = new_figure(4.8, 1.1 + 0.6*len(columns))
     scatter = np.random.default_rng(0)
     for row, name in enumerate(columns):
         known = pd.to_numeric(table[name]).dropna().to_numpy(dtype=float)
         if (known < 0).any(): raise DataError(f"{name}: {(known < 0).sum()} volumes are negative. Remedy: measure them again from the masks.")
         drawn = known[known > 0]
         ax.plot(drawn, row + scatter.uniform(-0.28, 0.28, len(drawn)), "o", color=PALETTE[0], markersize=3, alpha=0.35, markeredgewidth=0)
-        if len(drawn): ax.boxplot(drawn, positions=[row], orientation="horizontal", widths=0.62, showfliers=False, manage_ticks=False, medianprops={"color": PALETTE[1], "linewidth": 2})
+        box = {"widths": 0.62, "whis": 0, "showcaps": False, "showfliers": False, "manage_ticks": False, "medianprops": {"color": PALETTE[1], "linewidth": 2}}
+        if len(drawn): ax.boxplot(drawn, positions=[row], orientation="horizontal", **box)
         ax.text(1.01, row, f"n = {len(known)}\nzero {(known == 0).sum()}", transform=ax.get_yaxis_transform(), va="center", fontsize=8.5, color=INK)
     ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    log_axis(ax.xaxis, *ax.get_xlim())
     ax.set_yticks(range(len(columns)), [textwrap.fill(str(name).removesuffix("_ml").replace("_", " "), 18) for name in columns])
     ax.set_ylim(len(columns) - 0.5, -0.5)
     ax.set(xlabel=f"volume (ml) of {unit}")
     return figure
 
-# %% ../nbs/10_covariates.ipynb #5a2476da
+# %% ../nbs/10_covariates.ipynb #cded8e42
 def volume_table(table:pd.DataFrame, # lesions or patients, one row each
                  columns # names of volumes in ml
-                ) -> pd.DataFrame: # volume, n, zero, median, quartiles, range, in ml
+                ) -> pd.DataFrame: # volume, n, zero, median (quartiles) and range in ml
     "Volumes in numbers."
     known = {name: pd.to_numeric(table[name]).dropna() for name in columns}
-    return pd.DataFrame([{"volume": name, "n": len(v), "zero": int((v == 0).sum()), "median (quartiles; range)": median_text(v)} for name, v in known.items()],
-                        columns=["volume", "n", "zero", "median (quartiles; range)"])
+    rows = [(name, len(v), int((v == 0).sum()), median_text(v), range_text(v)) for name, v in known.items()]
+    return pd.DataFrame(rows, columns=["volume", "n", "zero", "median (quartiles)", "range"])
 
 
 def lesion_counts(lesions:pd.DataFrame, # with lesion_id and patient_id

@@ -9,17 +9,16 @@ __all__ = ['MAX_FEATURES', 'SMD_NOTE', 'EVENT_NOTE', 'CENSORED_NOTE', 'CDF_NOTE'
            'survival_figures', 'survival_blocks', 'label_blocks', 'outcome_section', 'volume_section',
            'correlation_section', 'missing_section', 'describe', 'exclusion_flow', 'describe_cohort']
 
-# %% ../nbs/12_eda.ipynb #9ad14956
+# %% ../nbs/12_eda.ipynb #da34401b
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .covariates import (METHODS, bars_figure, check_covariates, column_label, correlation_figure, correlation_table, histogram_figure, lesion_counts,
-                                  median_text, missing_patterns, missingness_figure, missingness_table, share_text, standardized_difference,
-                                  standardized_difference_levels, table_one, vif_table, volume_columns, volume_table, volumes_figure)
+                                  median_text, missing_patterns, missingness_figure, missingness_table, range_text, share_text, table_one, vif_table,
+                                  volume_columns, volume_table, volumes_figure)
 from .pages import Columns, Details, FigureBlock, FlowBox, FlowStage, KeyValues, Notice, Paragraph, Section, Table, write_page
 from .survival import (as_text, check_borders, class_shares, days_text, follow_up_figure, kaplan_meier, level_counts, median_interval, outcome_rows,
                                 patient_groups, patient_rows, survival_cdf_figure, survival_figure, survival_summary, survival_times_figure)
@@ -36,7 +35,7 @@ def label_table(samples:pd.DataFrame # with label
     return pd.DataFrame({"class": list(counts), "patients": list(counts.values()), "share": [n/max(1, sum(counts.values())) for n in counts.values()],
                          "samples": [int((labels == level).sum()) for level in counts]}, columns=["class", "patients", "share", "samples"])
 
-# %% ../nbs/12_eda.ipynb #dfb09d25
+# %% ../nbs/12_eda.ipynb #cade44ab
 MAX_FEATURES = 40
 
 def join_features(patients, features):
@@ -44,7 +43,8 @@ def join_features(patients, features):
     if features is None: return patients, []
     check_columns(features, ("patient_id",), "features")
     if features.patient_id.duplicated().any():
-        raise DataError(f"features: several rows for {listed(features.patient_id[features.patient_id.duplicated()].unique())}; expected one a patient. Remedy: sum the lesions first.")
+        twice = features.patient_id[features.patient_id.duplicated()].unique()
+        raise DataError(f"features: several rows for {listed(twice)}; expected one a patient. Remedy: sum the lesions first.")
     names = [name for name in features.columns if pd.api.types.is_numeric_dtype(features[name]) and not pd.api.types.is_bool_dtype(features[name])]
     clash = sorted(set(names) & set(patients.columns))
     if clash: raise DataError(f"features: {listed(clash)} stand in the samples table too. Remedy: rename or drop them in one of the two.")
@@ -90,7 +90,7 @@ def gather(samples, numeric=(), categorical=(), units=None, log=(), lesions=None
     units = {**{name: "ml" for name in volume_columns(patients)}, **(units or {})}
     return Description(samples, patients, numeric, tuple(categorical), tuple(names), units, tuple(log), lesions, tuple(borders_months), flow, note)
 
-# %% ../nbs/12_eda.ipynb #a3853698
+# %% ../nbs/12_eda.ipynb #a09b65ad
 def people(n): return "1 patient" if n == 1 else f"{n} patients"
 
 
@@ -99,6 +99,7 @@ def cohort_section(seen):
     patients = seen.patients
     facts = {"patients": len(patients), "rows of the samples table": len(seen.samples)}
     if "center" in patients: facts["centers"] = ", ".join(f"{name} ({len(group)})" for name, group in patient_groups(patients, "center").items())
+    if "center" in patients and patients.center.nunique() < 2: facts["centers"] = "one"
     if seen.lesions is not None: facts["lesions"] = int(lesion_counts(seen.lesions, patients.patient_id).sum())
     if seen.has_survival:
         known = outcome_rows(patients)
@@ -155,7 +156,7 @@ def combined_table_one(seen):
     parts = [table.iloc[:, 3:].add_prefix(f"{by} ") for by, table in zip(seen.groupings, tables)]
     return pd.concat([tables[0].iloc[:, :3], *parts], axis=1)
 
-# %% ../nbs/12_eda.ipynb #a5aea544
+# %% ../nbs/12_eda.ipynb #cf95951a
 def figure_name(kind, number, column):
     "A file name from a column name."
     return f"{kind}_{number:02d}_" + (re.sub(r"[^A-Za-z0-9_-]+", "_", str(column)).strip("_") or "column")
@@ -164,7 +165,7 @@ def figure_name(kind, number, column):
 def _number_block(seen, i, name):
     "The histogram of one covariate."
     values, label = seen.patients[name], column_label(name, seen.units)
-    words = f"{label}: median (quartiles; range) {median_text(values)}."
+    words = f"{label}: median (quartiles) {median_text(values)}, range {range_text(values)}."
     return FigureBlock(histogram_figure(values, label, name in seen.log), words, f"Histogram with a density curve. {words}", figure_name("numeric", i, name))
 
 
@@ -179,10 +180,11 @@ def _levels_block(seen, i, name):
 def covariate_section(seen):
     "A figure for each covariate."
     blocks = [_number_block(seen, i, name) for i, name in enumerate(seen.numeric)] + [_levels_block(seen, i, name) for i, name in enumerate(seen.categorical)]
-    text = "Bars count patients; the line is a kernel density in the same units, the broken line the median. Percentages are of patients with a known value."
+    text = ("Bars count patients; the line is a kernel density in the same units, the broken line the median. A logarithmic axis shows the values "
+            "above zero alone, and their median. Percentages are of patients with a known value.")
     return [Section("Distributions", (Paragraph(text), Columns(tuple(blocks))), "distributions")] if blocks else []
 
-# %% ../nbs/12_eda.ipynb #673b8b5e
+# %% ../nbs/12_eda.ipynb #0a4b5f36
 CENSORED_NOTE = "A censored time is a lower bound: the patient lived at least so long."
 CDF_NOTE = ("The broken curve takes every censored time for a death and so lies too high; one minus Kaplan-Meier keeps censored patients at risk "
             "until the last day they were seen, and not after.")
@@ -193,14 +195,17 @@ def survival_figures(seen):
     n, median = len(outcome_rows(patients)), days_text(*median_interval(kaplan_meier(outcome_rows(patients))))
     blocks = [FigureBlock(survival_figure(patients), "Survival of all patients with 95% band; small marks are censored patients.",
                           f"Kaplan-Meier curve of {people(n)}; median survival in days: {median}.", "survival_all"),
-              FigureBlock(survival_times_figure(patients), f"Observed times. {CENSORED_NOTE}", "Histograms of the times of events and of censored patients.", "survival_times"),
-              FigureBlock(survival_cdf_figure(patients, borders), CDF_NOTE, "Two rising curves, observed times above one minus Kaplan-Meier, with borders of classes.", "survival_cdf"),
-              FigureBlock(follow_up_figure(patients), "Follow-up by reverse Kaplan-Meier: the share still watched if nobody died.", "Falling curve of follow-up.", "follow_up")]
+              FigureBlock(survival_times_figure(patients), f"Observed times. {CENSORED_NOTE}",
+                          "Histograms of the times of events and of censored patients.", "survival_times"),
+              FigureBlock(survival_cdf_figure(patients, borders), CDF_NOTE,
+                          "Two rising curves, observed times above one minus Kaplan-Meier, with borders of classes.", "survival_cdf"),
+              FigureBlock(follow_up_figure(patients), "Follow-up by reverse Kaplan-Meier: the share still watched if nobody died.",
+                          "Falling curve of follow-up.", "follow_up")]
     if "center" not in seen.groupings: return Columns(tuple(blocks))
     centers = FigureBlock(survival_figure(patients, "center"), "Survival by center, with numbers at risk.", "Kaplan-Meier curves of the centers.", "survival_center")
     return Columns((blocks[0], centers, *blocks[1:]))
 
-
+# %% ../nbs/12_eda.ipynb #dbdbcc05
 def survival_blocks(seen):
     "Tables and figures of a survival outcome."
     summary, shares = survival_summary(seen.patients, "center" if "center" in seen.groupings else None), class_shares(seen.patients, seen.borders_months)
@@ -227,11 +232,12 @@ def outcome_section(seen):
     blocks = (survival_blocks(seen) if has_times else ()) + (label_blocks(seen) if seen.has_label else ())
     return [Section("Outcome", blocks, "outcome")] if blocks else []
 
-# %% ../nbs/12_eda.ipynb #13fa5381
+# %% ../nbs/12_eda.ipynb #4a555db2
 def _volume_blocks(table, columns, unit):
     "Figure and table of the volumes of lesions or patients."
-    figure = FigureBlock(volumes_figure(table, columns, unit), f"Volumes of the {unit}; box: quartiles, line: median.", f"Volumes of {unit} on a logarithmic axis.", f"volumes_{unit}")
-    return [figure, Table(volume_table(table, columns), f"Volumes of {unit} (ml)", "", {}, ("median (quartiles; range)",))]
+    figure = FigureBlock(volumes_figure(table, columns, unit), f"Volumes of the {unit}; box and line: quartiles and median of those above zero.",
+                         f"Volumes of {unit} on a logarithmic axis.", f"volumes_{unit}")
+    return [figure, Table(volume_table(table, columns), f"Volumes of {unit} (ml)", "", {}, ("median (quartiles)", "range"))]
 
 
 def volume_section(seen):
@@ -240,27 +246,35 @@ def volume_section(seen):
     if seen.lesions is not None:
         lesions = seen.lesions[seen.lesions.patient_id.isin(patients.patient_id)]
         counts = lesion_counts(lesions, patients.patient_id)
-        blocks.append(FigureBlock(histogram_figure(counts, "lesions of a patient"), f"Lesions of each patient: {median_text(counts)}.", "Histogram of lesion counts.", "lesion_counts"))
+        words = f"Lesions of each patient: median (quartiles) {median_text(counts)}, range {range_text(counts)}."
+        blocks.append(FigureBlock(histogram_figure(counts, "lesions of a patient"), words, f"Histogram. {words}", "lesion_counts"))
         if volume_columns(lesions): blocks += _volume_blocks(lesions, volume_columns(lesions), "lesions")
     columns = [name for name in seen.numeric if str(name).endswith("_ml")]
     if columns: blocks += _volume_blocks(patients, columns, "patients")
     return [Section("Lesions and volumes", tuple(blocks), "volumes")] if blocks else []
 
-# %% ../nbs/12_eda.ipynb #3782fa6a
+# %% ../nbs/12_eda.ipynb #0cec7e6a
 VIF_NOTE = ("vif: variance inflation factor among patients with every value; vif, log: after log(1 + x) of the columns so advised. "
             "The advice goes by skewness above 1 and vif above 5. It is no test, and a transform belongs into the training folds.")
+
+def _correlation_blocks(seen, method):
+    "A map of correlations, and the same as a table for narrow screens."
+    table, name = correlation_table(seen.patients, seen.numeric, method), method.capitalize()
+    figure = FigureBlock(correlation_figure(table, name), f"{name} correlation; each pair over the patients who have both values.",
+                         f"Map of {method} correlations between {len(table)} covariates.", f"correlation_{method}")
+    return figure, Table(table.rename_axis("covariate"), name, "", {column: ".2f" for column in table.columns})
+
 
 def correlation_section(seen):
     "Correlation maps and collinearity of the numeric covariates."
     if len(seen.numeric) < 2: return []
-    def block(method): return FigureBlock(correlation_figure(correlation_table(seen.patients, seen.numeric, method), method.capitalize()),
-                                          f"{method.capitalize()} correlation; each pair over the patients who have both values.",
-                                          f"Map of {method} correlations between {len(seen.numeric)} covariates.", f"correlation_{method}")
+    (spearman, spearman_table), (pearson, pearson_table) = (_correlation_blocks(seen, method) for method in METHODS)
+    folded = (Details("Pearson correlation", (pearson,)), Details("Correlations in numbers", (spearman_table, pearson_table)))
     table = vif_table(seen.patients, seen.numeric).rename(columns={"n_complete": "n with every value", "vif_log": "vif, log"})
     vif = Table(table, "Collinearity", VIF_NOTE, {"skewness": ".2f", "vif": ".2f", "vif, log": ".2f"})
-    return [Section("Correlation and collinearity", (block("spearman"), Details("Pearson correlation", (block("pearson"),)), vif), "correlation")]
+    return [Section("Correlation and collinearity", (spearman, *folded, vif), "correlation")]
 
-
+# %% ../nbs/12_eda.ipynb #1ceda41e
 def missing_section(seen):
     "How much is missing, where, and together with what."
     columns = [*seen.numeric, *seen.categorical]
@@ -299,12 +313,12 @@ def describe(samples:pd.DataFrame, # patient_id, covariates, and time_days with 
                       [*notices, *description_notices(seen)], "Tables beside this page: table_one.csv, vif.csv, missingness.csv. Figures: figures/. Made by brainmets.",
                       Path(out_dir)/"figures")
 
-# %% ../nbs/12_eda.ipynb #13ef8aa6
+# %% ../nbs/12_eda.ipynb #e111da07
 def exclusion_flow(steps, # of a cohort: text, n_samples, n_patients, n_left_out after each exclusion
                    last:str="Patients described" # label of the last box
-                  ): # FlowBox, or None without steps
+                  ): # FlowBox, or None when nobody was left out
     "The exclusions of a cohort as boxes, counted in patients."
-    if not len(steps): return None
+    if len(steps) < 2: return None
     reasons = []
     for before, after in zip(steps, steps[1:]):
         gone, text = before.n_patients - after.n_patients, after.text.removeprefix("Left out: ")

@@ -371,24 +371,25 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
 .notice.void strong { color: var(--void); text-transform: uppercase; letter-spacing: .04em; }
 """
 
-# %% ../nbs/07_pages.ipynb #a68c2da3
+# %% ../nbs/07_pages.ipynb #83c6d7c9
 BLOCK_STYLE = """
 figure { margin: 1.3rem 0; }
 figcaption { font-size: .9rem; color: var(--soft); max-width: 46rem; }
 figure.table figcaption { font-weight: 600; color: var(--ink); margin-bottom: .4rem; }
 figure.picture img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; margin-bottom: .4rem; }
 .scroll { overflow-x: auto; background: linear-gradient(to right, var(--page) 40%, transparent) left/32px 100% no-repeat local,
-  linear-gradient(to left, var(--page) 40%, transparent) right/32px 100% no-repeat local, linear-gradient(to right, #6b7a8755, transparent) left/12px 100% no-repeat scroll,
+  linear-gradient(to left, var(--page) 40%, transparent) right/32px 100% no-repeat local,
+  linear-gradient(to right, #6b7a8755, transparent) left/12px 100% no-repeat scroll,
   linear-gradient(to left, #6b7a8755, transparent) right/12px 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-variant-numeric: tabular-nums; min-width: 50%; }
-th, td { padding: .3rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { vertical-align: bottom; font-weight: 600; border-top: 1px solid var(--soft); border-bottom: 1px solid var(--soft); }
 tbody tr:last-child td { border-bottom-color: var(--soft); }
 th:first-child, td:first-child { padding-left: .1rem; }
 td { min-width: 3.5rem; max-width: 26rem; white-space: pre-wrap; }
 .num { text-align: right; }
 td.num { white-space: nowrap; }
-th.num { min-width: 4.5rem; }
+th.num { min-width: 3.6rem; }
 th:first-child, td:first-child { min-width: 6.5rem; }
 .under { font-size: .85rem; color: var(--soft); margin: .4rem 0 0; }
 .facts { margin: 1rem 0; font-size: .95rem; max-width: 46rem; font-variant-numeric: tabular-nums; }

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'PRIMARY_SHARES', 'SPELLINGS', 'SHARE_CENTER_A', 'KPS_SHARES', 'N_LESIONS_SHARES', 'SHARE_INFRATENTORIAL',
-           'SHARE_FEATHERY', 'TERMS', 'TABLE_TERMS', 'TRUTH_DAYS', 'PREFIX', 'SHEET_ORDER', 'SUFFIXES', 'streams',
-           'clinical_truth', 'as_recorded', 'place', 'plan_lesions', 'Hazard', 'terms', 'risks', 'weibull_survival',
-           'draw_outcome', 'Plan', 'volumes', 'plan_patient', 'follow_ups', 'used_hazard', 'cohort_tables',
-           'concordance', 'draw_scan']
+           'SHARE_FEATHERY', 'TERMS', 'TABLE_TERMS', 'TRUTH_DAYS', 'PREFIX', 'SHEET_ORDER', 'SUFFIXES', 'IMAGE_ROOT',
+           'FOLLOW_UP_ROOT', 'PRIMARY_VALUES', 'YES_NO', 'COVARIATES', 'MARKERS', 'WORKBOOK', 'PHANTOM_VERSION',
+           'README', 'streams', 'clinical_truth', 'as_recorded', 'place', 'plan_lesions', 'Hazard', 'terms', 'risks',
+           'weibull_survival', 'draw_outcome', 'Plan', 'volumes', 'plan_patient', 'follow_ups', 'used_hazard',
+           'cohort_tables', 'concordance', 'draw_scan', 'manifest_text', 'write_phantom', 'survival_truth',
+           'oracle_scores']
 
-# %% ../nbs/11_phantom.ipynb #d36a8684
+# %% ../nbs/11_phantom.ipynb #c75eadf7
 import functools
 import gzip
 import importlib.metadata
 import io
 import zipfile
+from datetime import datetime
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# %% ../nbs/11_phantom.ipynb #5d31c6ea
+# %% ../nbs/11_phantom.ipynb #29e23d93
 import joblib
 import nibabel as nib
 import numpy as np
@@ -27,10 +30,10 @@ import pandas as pd
 import tomli_w
 from openpyxl.xml.functions import tostring
 from scipy import ndimage
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-# %% ../nbs/11_phantom.ipynb #daa3e704
-from .phantom_images import CENTERS, SEQUENCES, Grid, Lesion, anatomy, blank_canvas, draw_lesions, half_axes, ideal_signal, own_anatomy, scan, to_mni, voxel_points
+# %% ../nbs/11_phantom.ipynb #e5c26f48
+from .phantom_images import CENTERS, LABELS, SEQUENCES, Grid, Lesion, anatomy, blank_canvas, draw_lesions, half_axes, ideal_signal, own_anatomy, scan, to_mni, voxel_points
 from .tables import DataError, listed, read_json, read_table, write_bytes, write_json, write_table, write_text
 
 # %% ../nbs/11_phantom.ipynb #c5f2029b
@@ -103,24 +106,24 @@ def _sites():
     usable = (depth > 3) & (csf < 0.3) & (below | above)
     return points[usable], depth[usable], weight[usable], below[usable]
 
-# %% ../nbs/11_phantom.ipynb #b3df605e
+# %% ../nbs/11_phantom.ipynb #22b536e4
 def place(rng, # numpy Generator
           reaches_mm, # how far each lesion reaches from its centre, largest first
           infratentorial): # bool for each lesion
     "Centres (world mm) inside the brain and apart from each other; demands are eased when there is no room."
     points, depth, weight, is_below = _sites()
-    placed = []
+    nearest, centers = np.full(len(points), np.inf), []          # mm from each site to the nearest lesion's edge
     for reach, below in zip(reaches_mm, infratentorial):
-        clear = np.min([np.linalg.norm(points - c, axis=1) - r - reach for c, r in placed], axis=0) if placed else np.full(len(points), np.inf)
         for gap_mm, share in ((18, 1.0), (9, 0.7), (3, 0.4), (-np.inf, 0.0)):
-            fit = (is_below == below) & (depth >= share*reach) & (clear > gap_mm)
+            fit = (is_below == below) & (depth >= share*reach) & (nearest - reach > gap_mm)
             if fit.any(): break
         edges = np.cumsum(weight*fit)
         center = points[np.searchsorted(edges, rng.random()*edges[-1], side="right")] + rng.uniform(-2, 2, 3)
-        placed.append((center, reach))
-    return [tuple(np.round(c, 2).tolist()) for c, _ in placed]
+        nearest = np.minimum(nearest, np.sqrt(((points - center)**2).sum(1)) - reach)
+        centers.append(tuple(np.round(center, 2).tolist()))
+    return centers
 
-# %% ../nbs/11_phantom.ipynb #a7ac71c4
+# %% ../nbs/11_phantom.ipynb #f1f6158f
 N_LESIONS_SHARES = dict(zip(range(1, 9), (0.46, 0.19, 0.12, 0.08, 0.06, 0.04, 0.03, 0.02)))
 SHARE_INFRATENTORIAL = 0.265    # of lesions; so that 47 % of patients have one
 SHARE_FEATHERY = 0.34           # of lesions
@@ -137,7 +140,7 @@ def _tissues(rng, core_ml, ring):
     share = rng.beta(6, 5) if ring == "feathery" else rng.beta(1.4, 5)
     is_solid = core_ml < 0.12 or (ring == "nodular" and rng.random() < 0.35)
     necrosis = 0.0 if is_solid else min(share, 0.85)*core_ml
-    edema = 0.0 if rng.random() < 0.12 else min(5.5*core_ml**0.8*np.exp(rng.normal(0, 0.8)), 150)
+    edema = 0.0 if rng.random() < 0.12 else min(5.5*core_ml**0.8*np.exp(rng.normal(0, 0.8)), 120)
     return core_ml - necrosis, necrosis, edema
 
 # %% ../nbs/11_phantom.ipynb #87b2364a
@@ -207,7 +210,7 @@ def risks(hazard, z): # z: dict from `terms`
     local = hazard.local_patchiness*z["patchiness"] + hazard.local_largest*z["largest"]
     return {"risk_true": table + hazard.patchiness*z["patchiness"], "risk_table": table, "risk_local": local}
 
-# %% ../nbs/11_phantom.ipynb #d252fa6a
+# %% ../nbs/11_phantom.ipynb #ec6ab556
 TRUTH_DAYS = (183, 365, 730)     # 6, 12 and 24 months
 
 
@@ -224,13 +227,13 @@ def draw_outcome(hazard, risk, rng): # risk: dict from `risks`
     unit = rng.exponential(size=3)
     death = hazard.scale_days*(unit[0]*np.exp(-risk["risk_true"]))**(1/hazard.shape)
     failure = hazard.local_scale_days*(unit[1]*np.exp(-risk["risk_local"]))**(1/hazard.local_shape)
-    censoring = min(rng.uniform(120, 1300), 1800*unit[2])
+    censoring = min(rng.uniform(120, 1150), 1800*unit[2])
     end = min(death, censoring)
     return {"event_time_days": death, "censoring_time_days": censoring, "local_failure_time_days": failure,
             "Survival (days)": max(int(np.ceil(end)), 1), "Death": int(death <= censoring),
             "Time to local failure (days)": max(int(np.ceil(min(failure, end))), 1), "Local failure": int(failure <= end)}
 
-# %% ../nbs/11_phantom.ipynb #e61c2b65
+# %% ../nbs/11_phantom.ipynb #fcec0847
 PREFIX = "Phantom-MET"
 
 
@@ -256,7 +259,7 @@ def volumes(lesions):
 
 
 def plan_patient(seed, k, null=False):
-    "The `Plan` of patient `k`."
+    "The `Plan` of patient `k` (from 0)."
     draw = streams(seed, k)
     lesions = plan_lesions(draw["lesions"], draw["labels"], null)
     return Plan(k, {**clinical_truth(draw["clinical"]), **volumes(lesions)}, lesions, round(float(draw["lesions"].uniform(0, 0.9)), 4))
@@ -301,7 +304,7 @@ def _truth_row(plan, hazard, risk, outcome, is_null):
     return {"patient_id": plan.scan_id(), "center": plan.facts["Center"], "patchiness": plan.patchiness, **risk, **hidden,
             **{f"survival_{t}": round(s, 6) for t, s in zip(TRUTH_DAYS, curve)}, "null": is_null, "spawn_key": plan.k}
 
-# %% ../nbs/11_phantom.ipynb #4bdaf016
+# %% ../nbs/11_phantom.ipynb #edc1ddd4
 SHEET_ORDER = ("BraTS_MET_ID", "Center", "Age", "Sex", "Pack_years", "KPS", "Primary", "Primary_controlled", "Extranodal", "Infratentorial",
                "ET_num", "Nec_num", "Edema_num", "ET_vol", "Nec_vol", "Edema_vol", "Nec_ET_ratio", "Edema_ET_ratio", "Largest_vol",
                "EGFR_ALK", "BRAF", "Breast_subtype", "Hemoglobin", "Survival (days)", "Death", "Local failure", "Time to local failure (days)")
@@ -313,11 +316,12 @@ def used_hazard(images=True, null=False):
     return hazard.cut() if null else hazard
 
 
-def cohort_tables(n_patients, seed=0, null=False, images=True, sessions=1, shape=(32, 32, 32)):
+def cohort_tables(plans, # list of Plan, drawn with the same seed and null
+                  seed=0, null=False, images=True, sessions=1, shape=(32, 32, 32)):
     "The tables of a phantom as DataFrames: `data` and `lesions` (the workbook), `truth` and `truth_lesions`."
     hazard, grid, data, truth, lesions = used_hazard(images, null), Grid(tuple(shape)), [], [], []
-    for k in range(n_patients):
-        plan, draw = plan_patient(seed, k, null), streams(seed, k)
+    for plan in plans:
+        draw = streams(seed, plan.k)
         risk = risks(hazard, terms({**plan.facts, "patchiness": plan.patchiness}))
         outcome = draw_outcome(hazard, risk, draw["outcome"])
         recorded = {"BraTS_MET_ID": plan.scan_id(), **as_recorded(plan.facts, draw["labels"]), **outcome}
@@ -333,7 +337,7 @@ def _lesion_sheet(rows):
     names = {"patient_id": "BraTS_MET_ID", "lesion": "Lesion", "x_voxel": "X", "y_voxel": "Y", "z_voxel": "Z", "radionecrosis": "Radionecrosis"}
     return rows.loc[rows.session == 0, list(names)].rename(columns=names)
 
-# %% ../nbs/11_phantom.ipynb #05ba45e3
+# %% ../nbs/11_phantom.ipynb #80a95a36
 def concordance(times_days, # (n,) observed
                 events, # (n,) bool
                 risk): # (n,) higher is worse
@@ -344,7 +348,7 @@ def concordance(times_days, # (n,) observed
         later = (times_days > times_days[i]) | ((times_days == times_days[i]) & ~events)
         good += (risk[i] > risk[later]).sum() + 0.5*(risk[i] == risk[later]).sum()
         pairs += later.sum()
-    return good/pairs if pairs else float("nan")
+    return float(good/pairs) if pairs else float("nan")
 
 # %% ../nbs/11_phantom.ipynb #531f890a
 SUFFIXES = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f", "mask": "seg"}
@@ -362,3 +366,204 @@ def draw_scan(plan, # Plan
     scanner = CENTERS[plan.facts["Center"]]
     drawn = {s: scan(ideal_signal(canvas, s), canvas.brain, grid, scanner, session_rngs[session]) for s in SEQUENCES}
     return {**drawn, "mask": canvas.mask}
+
+# %% ../nbs/11_phantom.ipynb #6f7ddf8c
+IMAGE_ROOT = "Pretreat-MetsToBrain-Masks"
+FOLLOW_UP_ROOT = "Followup-MetsToBrain-Masks"
+
+
+def _nifti_bytes(array, grid):
+    "A compressed NIfTI-1 file as bytes."
+    image = nib.Nifti1Image(array, grid.affine)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(grid.affine, 1)
+    image.set_sform(grid.affine, 1)
+    return gzip.compress(image.to_bytes(), 4, mtime=0)
+
+
+_STAMP = datetime(2000, 1, 1)
+
+
+def _workbook_bytes(sheets): # dict: name -> DataFrame
+    "A workbook as bytes, with fixed time stamps."
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for name, table in sheets.items():
+        sheet = book.create_sheet(name)
+        sheet.append(list(table.columns))
+        for row in table.itertuples(index=False): sheet.append([v.item() if isinstance(v, np.generic) else v for v in row])
+    book.save(stream := io.BytesIO())
+    book.properties.created = book.properties.modified = _STAMP
+    return _restamped(stream, {"docProps/core.xml": tostring(book.properties.to_tree())})
+
+
+def _restamped(stream, replaced):
+    "The zip archive with one fixed date on every entry and some entries replaced."
+    with zipfile.ZipFile(stream) as old, zipfile.ZipFile(fresh := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            entry = zipfile.ZipInfo(name, _STAMP.timetuple()[:6])
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            new.writestr(entry, replaced.get(name, old.read(name)))
+    return fresh.getvalue()
+
+# %% ../nbs/11_phantom.ipynb #98997818
+PRIMARY_VALUES = {"lung adenocarcinoma": ["NSCLC adenocarcinoma", "nsclc adenocarcinoma", "Non-small cell lung, adenocarcinoma"],
+                  "lung non-adenocarcinoma": ["NSCLC non-adenocarcinoma"], "small cell lung": ["SCLC", "Small cell lung"],
+                  "melanoma": ["Melanoma"], "breast": ["Breast", "breast"], "renal cell": ["RCC"], "gastrointestinal": ["GI"]}
+YES_NO = {"yes": ["1"], "no": ["0"]}
+
+
+def _number(column, low, high, unit=None, **more):
+    return {"column": column, "type": "number", **({"unit": unit} if unit else {}), "range": [low, high], **more}
+
+
+def _flag(column, **more): return {"column": column, "type": "flag", "values": YES_NO, **more}
+
+
+COVARIATES = {
+    "age": _number("Age", 18, 100, "years", role="age"),
+    "sex": {"column": "Sex", "type": "category", "values": {"female": ["F", "Female"], "male": ["M", "Male"]}},
+    "pack_years": _number("Pack_years", 0, 200, log=True), "kps": _number("KPS", 0, 100, role="kps"),
+    "primary": {"column": "Primary", "type": "category", "values": PRIMARY_VALUES, "role": "primary"},
+    "primary_controlled": _flag("Primary_controlled", role="primary_controlled"),
+    "extracranial_metastases": _flag("Extranodal", role="extracranial_metastases"), "infratentorial": _flag("Infratentorial"),
+    "n_metastases": _number("ET_num", 1, 100, role="n_metastases"), "n_necrotic": _number("Nec_num", 0, 100), "n_with_edema": _number("Edema_num", 0, 100),
+    "enhancing_volume_ml": _number("ET_vol", 0, 500, "ml", log=True), "necrosis_volume_ml": _number("Nec_vol", 0, 500, "ml", log=True),
+    "edema_volume_ml": _number("Edema_vol", 0, 1000, "ml", log=True), "necrosis_to_enhancing": _number("Nec_ET_ratio", 0, 100, log=True),
+    "edema_to_enhancing": _number("Edema_ET_ratio", 0, 10000, log=True), "largest_lesion_ml": _number("Largest_vol", 0, 500, "ml", log=True, role="largest_lesion_ml")}
+MARKERS = {
+    "egfr_alk": _flag("EGFR_ALK", role="egfr_alk"), "braf": _flag("BRAF", role="braf"),
+    "breast_subtype": {"column": "Breast_subtype", "type": "category", "role": "breast_subtype",
+                       "values": {s: [s] for s in ("triple negative", "HR+/HER2-", "HR-/HER2+", "HR+/HER2+")}},
+    "hemoglobin": _number("Hemoglobin", 2, 25, "g/dL", role="hemoglobin_g_dl")}
+
+# %% ../nbs/11_phantom.ipynb #0afcdf88
+WORKBOOK = "Phantom_clin.xlsx"
+
+
+def _image_parts():
+    "The manifest's parts on images and labels."
+    names = {s: f"{{patient}}/{{patient}}-{suffix}.nii.gz" for s, suffix in SUFFIXES.items()}
+    mask = names.pop("mask")
+    return {"images": {"layout": "pattern", "root": IMAGE_ROOT, "mask": mask, "sequences": names}, "labels": dict(LABELS)}
+
+
+def manifest_text(parameters, markers=False):
+    "The manifest as TOML."
+    n, seed = parameters["n_patients"], parameters["seed"]
+    cut = ", every link between inputs and outcomes cut" if parameters["null"] else ""
+    licence = "CC0-1.0" + ("; the anatomy in the images has a notice of its own, see README.txt" if parameters["images"] else "")
+    cohort = {"name": "phantom", "title": f"Phantom cohort of {n} synthetic patients{cut}", "citation": f"brainmets phantom, seed {seed}",
+              "licence": licence, "obtain": "brainmets phantom DIR", "synthetic": True, "expected": {"patients": n}}
+    table = {"file": WORKBOOK, "sheet": "Data", "row": "patient", "patient": "BraTS_MET_ID", "missing": ["", "NA"], "center": "Center"}
+    outcome = {"name": "overall survival", "type": "survival", "time": "Survival (days)", "unit": "days", "event": "Death", "happened": ["1"], "censored": ["0"]}
+    parts = {"cohort": cohort, "table": table, "outcome": outcome, "covariates": {**COVARIATES, **(MARKERS if markers else {})}}
+    return tomli_w.dumps({**parts, **(_image_parts() if parameters["images"] else {})})
+
+# %% ../nbs/11_phantom.ipynb #ef54d2c2
+PHANTOM_VERSION = 1          # counts changes of what a seed gives
+
+
+def _parameters(n_patients, shape, seed, null, images, sessions, markers):
+    "The parameters that decide what is written, checked."
+    for name, value, low in (("n_patients", n_patients, 1), ("sessions", sessions, 1), ("seed", seed, 0)):
+        if int(value) != value or value < low: raise DataError(f"{name} = {value} cannot be used. Expected a whole number of at least {low}.")
+    shape = [int(n) for n in shape]
+    if len(shape) != 3 or min(shape) < 16: raise DataError(f"shape = {tuple(shape)} cannot be used. Expected three numbers of at least 16 voxels; SRI24 has 240, 240, 155.")
+    return {"version": PHANTOM_VERSION, "n_patients": int(n_patients), "shape": shape, "seed": int(seed), "null": bool(null),
+            "images": bool(images), "sessions": int(sessions), "markers": bool(markers)}
+
+
+def _claim(folder, parameters):
+    "Refuse a folder that holds something else than this very phantom."
+    there = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    if not there: return
+    truth = read_json(folder/"truth.json") if "truth.json" in there else {}
+    if "phantom" not in truth: raise DataError(f"'{folder}' is not empty and is no phantom: it holds {listed(there)}. Remedy: give an empty or new folder.")
+    differ = [f"{name} {truth['phantom'].get(name)!r} (asked for {value!r})" for name, value in parameters.items() if truth["phantom"].get(name) != value]
+    if differ: raise DataError(f"'{folder}' holds another phantom: {'; '.join(differ)}. Remedy: give another folder, or remove this one.")
+
+# %% ../nbs/11_phantom.ipynb #ac3af4c0
+def _truth_json(parameters):
+    "What holds for the whole cohort: parameters, hazard, scales, scanners, versions."
+    hazard = used_hazard(parameters["images"], parameters["null"])
+    return {"phantom": parameters, "synthetic": True, "null": parameters["null"], "hazard": asdict(hazard),
+            "terms": {name: {"center": c, "scale": s} for name, (c, s) in TERMS.items()}, "table_terms": TABLE_TERMS,
+            "scanners": {name: asdict(scanner) for name, scanner in CENTERS.items()}, "image_only_feature": "patchiness",
+            "volumes": "of the plan, ml; masks hold them to the nearest voxel", "transform": "identity: images lie on the SRI24 field of view",
+            "seeds": "numpy SeedSequence(seed, spawn_key=(spawn_key,)), spawn_key in truth.csv",
+            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "nibabel", "nilearn")}}
+
+
+README = """Phantom cohort: synthetic, no patient's data.
+Written by brainmets. truth.json, truth.csv and truth_lesions.csv tell how it was made; no model may read them.
+Tables: CC0-1.0. Images: their anatomy is derived from the tissue maps of the ICBM 152 nonlinear symmetric template 2009a
+(Fonov et al. 2009, 2011), distributed with nilearn. Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre,
+Montreal Neurological Institute, McGill University, who permit use, copies, changes and distribution where this notice stands.
+"""
+
+
+def _write_scans(folder, k, parameters):
+    "The images of one patient that are not there yet."
+    seed, shape = parameters["seed"], tuple(parameters["shape"])
+    plan = plan_patient(seed, k, parameters["null"])
+    for session, (_, lesions) in enumerate(follow_ups(plan, seed, parameters["sessions"])):
+        name = plan.scan_id(session)
+        home = folder/(FOLLOW_UP_ROOT if session else IMAGE_ROOT)/name
+        paths = {s: home/f"{name}-{suffix}.nii.gz" for s, suffix in SUFFIXES.items()}
+        if all(p.is_file() for p in paths.values()): continue
+        for s, array in draw_scan(plan, lesions, seed, shape, session).items(): write_bytes(paths[s], _nifti_bytes(array, Grid(shape)))
+
+# %% ../nbs/11_phantom.ipynb #2b5afb31
+def write_phantom(folder, # empty or new, or an unfinished write of the same phantom
+                  n_patients=60, # how many patients
+                  shape=(32, 32, 32), # voxels of the images; (240, 240, 155) is the SRI24 grid
+                  seed=0, # the same seed gives the same bytes
+                  null=False, # cut every link between inputs and outcomes
+                  images=True, # False: tables only, and no effect of what only images show
+                  sessions=1, # scans of each patient; those after the first lie in a folder of their own
+                  workers=2, # threads that draw images
+                  progress=True, # show a bar
+                  markers=False): # offer molecular markers and hemoglobin in the manifest
+    "Write a synthetic cohort with known truth; returns the path of its manifest."
+    folder, parameters = Path(folder), _parameters(n_patients, shape, seed, null, images, sessions, markers)
+    _claim(folder, parameters)
+    write_json(folder/"truth.json", _truth_json(parameters))
+    plans = [plan_patient(seed, k, null) for k in range(n_patients)]
+    tables = cohort_tables(plans, seed, null, images, sessions, shape)
+    for name in ("truth", "truth_lesions"): write_table(folder/f"{name}.csv", tables[name])
+    write_bytes(folder/WORKBOOK, _workbook_bytes({"Data": tables["data"], "Lesions": tables["lesions"]}))
+    write_text(folder/"README.txt", README)
+    if images: _write_all_scans(folder, parameters, workers, progress)
+    return write_text(folder/"phantom.toml", manifest_text(parameters, markers))
+
+
+def _write_all_scans(folder, parameters, workers, progress):
+    "All images, several patients at a time."
+    for root in (IMAGE_ROOT, FOLLOW_UP_ROOT):
+        for left_over in (folder/root).glob("*/.*"): left_over.unlink()
+    jobs = (joblib.delayed(_write_scans)(folder, k, parameters) for k in range(parameters["n_patients"]))
+    done = joblib.Parallel(n_jobs=workers, prefer="threads", return_as="generator_unordered")(jobs)
+    for _ in tqdm(done, total=parameters["n_patients"], desc="phantom", disable=not progress): pass
+
+# %% ../nbs/11_phantom.ipynb #0e3a79b3
+def survival_truth(folder, # a phantom
+                   times_days): # (m,)
+    "True survival probabilities: a DataFrame, one row a patient (index patient_id), one column a time."
+    truth, hazard = read_table(Path(folder)/"truth.csv"), read_json(Path(folder)/"truth.json")["hazard"]
+    curves = weibull_survival(truth.risk_true, times_days, hazard["shape"], hazard["scale_days"])
+    return pd.DataFrame(curves, index=pd.Index(truth.patient_id, name="patient_id"), columns=list(times_days))
+
+
+def oracle_scores(folder): # a phantom
+    "The best scores that any model could reach: a dict."
+    folder = Path(folder)
+    if not (folder/"truth.csv").is_file(): raise DataError(f"'{folder}' holds no truth.csv. Remedy: give the folder of a phantom.")
+    truth, is_null = read_table(folder/"truth.csv"), read_json(folder/"truth.json")["null"]
+    data = pd.read_excel(folder/WORKBOOK, sheet_name="Data")
+    death, local = (data["Survival (days)"], data["Death"]), (data["Time to local failure (days)"], data["Local failure"])
+    scores = {"c_true": concordance(*death, truth.risk_true), "c_table": concordance(*death, truth.risk_table),
+              "c_local_failure": concordance(*local, truth.risk_local), "auc_radionecrosis": 1.0}
+    if is_null: scores = dict.fromkeys(scores, 0.5)
+    one_year = survival_truth(folder, [365])[365]
+    return {**scores, "brier_365": float((one_year*(1 - one_year)).mean()), "n": len(data), "n_events": int(data["Death"].sum()), "null": is_null}

@@ -48,7 +48,7 @@ class Grid:
         "Index of the voxel that holds a world point."
         return tuple(int(i) for i in np.floor((np.asarray(point_mm) - _CORNER_MM)/(_DIRECTION*self.spacing_mm)))
 
-# %% ../nbs/05_phantom_images.ipynb #628cd98b
+# %% ../nbs/05_phantom_images.ipynb #63a1d2e6
 MNI_SCALE = 0.95                                  # millimetres of SRI24 for one of MNI152
 MNI_CENTER_MM = np.array([0.0, -17.0, 5.0])       # this point of MNI152 ...
 SRI24_CENTER_MM = np.array([-119.5, 109.0, 76.0]) # ... is put here
@@ -59,23 +59,24 @@ def to_mni(points_mm):
     return (np.asarray(points_mm) - SRI24_CENTER_MM)/MNI_SCALE + MNI_CENTER_MM
 
 
-@functools.lru_cache(maxsize=1)
-def _template():
-    "Grey and white matter and brain at 1 mm, float32, with the offset of the first voxel in mm."
-    gm, wm = datasets.load_mni152_gm_template(resolution=1), datasets.load_mni152_wm_template(resolution=1)
-    brain = datasets.load_mni152_brain_mask(resolution=1)
-    return [np.asarray(im.dataobj, dtype=np.float32) for im in (gm, wm, brain)], brain.affine[:3, 3]
-
-# %% ../nbs/05_phantom_images.ipynb #50ee38e1
 TISSUES = ("csf", "gm", "wm")
 
 
 def _sharpened(gm, wm, brain):
     "Tissue shares with the blur of an average brain reduced: squares, scaled to sum to the brain."
-    squares = np.stack([np.clip(brain - gm - wm, 0, 1), gm, wm])**2
-    return squares*(brain/np.maximum(squares.sum(0), 1e-6))
+    squares = [np.clip(brain - gm - wm, 0, 1)**2, gm**2, wm**2]
+    scale = brain/np.maximum(sum(squares), 1e-6)
+    return [np.rint(255*scale*square).astype(np.uint8) for square in squares]
 
 
+@functools.lru_cache(maxsize=1)
+def _template():
+    "Shares of `TISSUES` at 1 mm, as numbers from 0 to 255, and the offset of the first voxel in mm."
+    brain = datasets.load_mni152_brain_mask(resolution=1)
+    images = (datasets.load_mni152_gm_template(resolution=1), datasets.load_mni152_wm_template(resolution=1), brain)
+    return _sharpened(*[np.asarray(image.dataobj, dtype=np.float32) for image in images]), brain.affine[:3, 3]
+
+# %% ../nbs/05_phantom_images.ipynb #867d8c43
 def _resample(array, # (..., X, Y, Z)
               positions): # three arrays: where along each axis to sample, in voxels of `array`
     "Linear interpolation on a lattice; where samples are further apart than voxels, a mean over what lies between."
@@ -89,10 +90,10 @@ def _resample(array, # (..., X, Y, Z)
 @functools.lru_cache(maxsize=4)
 def anatomy(shape):
     "Shares of fluid, grey and white matter in each voxel: (3, X, Y, Z) float32."
-    (gm, wm, brain), offset = _template()
+    shares, offset = _template()
     world = [axis/MNI_SCALE for axis in Grid(shape).axes_mm()]
     positions = [axis + shift for axis, shift in zip(world, to_mni((0, 0, 0)) - offset)]
-    return np.ascontiguousarray(_resample(_sharpened(gm, wm, brain), positions).clip(0, 1))
+    return np.stack([_resample(share.astype(np.float32)/255, positions).clip(0, 1) for share in shares])
 
 # %% ../nbs/05_phantom_images.ipynb #1794b62b
 @dataclass(frozen=True)
@@ -219,12 +220,12 @@ def level(lesion, # Lesion
     radius = shape.scale*np.exp(lesion.irregularity*shape.bumps(direction)) if lesion.irregularity else 1.0
     return distance/radius, unit
 
-# %% ../nbs/05_phantom_images.ipynb #53c75031
+# %% ../nbs/05_phantom_images.ipynb #40209d0c
 def necrosis_level(lesion, shape, points_mm):
     "Order in which points of the core become necrotic: lowest first."
     outer, unit = level(lesion, shape, points_mm)
     if lesion.ring == "nodular":
-        inner = np.linalg.norm(unit - shape.offset, axis=-1)
+        inner = np.linalg.norm(unit - shape.offset, axis=-1)*np.exp(0.08*shape.bubbles(points_mm))
         return np.where(outer < 0.93, inner, 10 + outer)
     septum = np.exp(-(shape.bubbles(points_mm)/0.2)**2)
     return np.where(outer < 0.9, 0.25*outer + septum, 10 + outer)
@@ -299,12 +300,12 @@ def _core_shares(lesion, shape, axes, grid, free):
     order, inner_order = (_voxel_means(np.minimum(a, 50), parts) for a in (outer, inner))
     return _voxel_means(core, parts), _voxel_means(necrosis, parts), order, inner_order
 
-# %% ../nbs/05_phantom_images.ipynb #eff1c381
+# %% ../nbs/05_phantom_images.ipynb #85f42c57
 def draw_core(canvas, lesion, patchiness=0.0):
     "Draw necrosis and enhancing tissue of one lesion."
     shape, grid = surface(lesion), canvas.grid
     slices, axes = _box(grid, lesion.center_mm, 1.7*max(lesion.half_axes_mm) + 1)
-    free = canvas.brain[slices] & (canvas.mask[slices] == 0)
+    free = (canvas.shares[(slice(None), *slices)].sum(0) > 0.5) & (canvas.mask[slices] == 0)
     core, necrosis, order, inner_order = _core_shares(lesion, shape, axes, grid, free)
     is_core = lowest(np.where(free, order, np.inf), max(1, round(lesion.core_ml/grid.voxel_ml)))
     n_necrosis = min(round(lesion.necrosis_ml/grid.voxel_ml), is_core.sum() - 1)
@@ -369,7 +370,7 @@ def ideal_signal(canvas, # Canvas
         total += share*(plain + (value - plain)*canvas.uptake if is_lit else value)
     return total.astype(np.float32)
 
-# %% ../nbs/05_phantom_images.ipynb #1b1f8922
+# %% ../nbs/05_phantom_images.ipynb #4526060e
 @dataclass(frozen=True)
 class Scanner:
     "How a centre's scanner turns signal into stored numbers."
@@ -378,13 +379,13 @@ class Scanner:
     gamma: float       # signal to the power of this: contrast curve
     noise: float       # SD of the noise, in units of signal
     bias: float        # SD of the log of the bias field
-    blur: float        # SD of the point spread, voxels
+    blur_mm: float     # SD of the point spread
 
 
-CENTERS = {"A": Scanner(400.0, 0.10, 1.0, 0.030, 0.05, 0.40),
-           "B": Scanner(900.0, 0.15, 0.8, 0.060, 0.12, 0.55)}
+CENTERS = {"A": Scanner(400.0, 0.10, 1.0, 0.035, 0.05, 0.7),
+           "B": Scanner(900.0, 0.15, 0.8, 0.060, 0.12, 1.0)}
 
-# %% ../nbs/05_phantom_images.ipynb #8523a702
+# %% ../nbs/05_phantom_images.ipynb #4b45e2ab
 def scan(signal, # (X, Y, Z) ideal
          brain, # (X, Y, Z) bool
          grid, # Grid
@@ -392,8 +393,8 @@ def scan(signal, # (X, Y, Z) ideal
          rng): # numpy Generator
     "One stored image: int16, 0 outside the brain and at least 1 inside."
     bias = np.exp(np.float32(scanner.bias)*_slow_field(rng, grid, 180))
-    sharp = ndimage.gaussian_filter(signal, scanner.blur)*bias
-    noise = rng.normal(0, scanner.noise, (2, *grid.shape)).astype(np.float32)
+    sharp = ndimage.gaussian_filter(signal, scanner.blur_mm/grid.spacing_mm)*bias
+    noise = rng.standard_normal((2, *grid.shape), dtype=np.float32)*np.float32(scanner.noise)
     magnitude = np.hypot(sharp + noise[0], noise[1])**np.float32(scanner.gamma)
     gain = scanner.gain*np.exp(rng.normal(0, scanner.gain_spread))
     return np.where(brain, np.clip(np.rint(magnitude*gain), 1, 32767), 0).astype(np.int16)

@@ -181,7 +181,7 @@ def empty_parts(folds, # folds of one or several repeats
         if not _enough(patients.loc[rows["patient_id"]], min_events): lacking.append(f"fold {fold} inner fold {inner}")
     return lacking
 
-# %% ../nbs/06_splits.ipynb #399cd82f
+# %% ../nbs/06_splits.ipynb #c842b923
 MAX_DRAWS = 100
 
 
@@ -200,7 +200,6 @@ def _redraw(draw, # attempt -> folds of one repeat
 
 def _refuse_impossible(patients, n_parts, min_events):
     "Raise when there are fewer events (or patients without the commonest label) than parts that need one."
-    if not min_events: return
     if "label" in patients: n, what = len(patients) - patients["label"].value_counts().max(), "are without the commonest label"
     else: n, what = int(patients["event"].sum()), "have an event"
     if n < n_parts*min_events:

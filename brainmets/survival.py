@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['MAX_LEVELS', 'patient_rows', 'as_levels', 'as_text', 'level_counts', 'check_events', 'patient_groups', 'outcome_rows',
            'kaplan_meier', 'median_interval', 'days_text', 'reverse_kaplan_meier', 'survival_summary', 'bin_edges',
-           'density_line', 'draw_histogram', 'survival_times_figure', 'survival_before', 'class_names', 'check_borders',
-           'class_shares', 'survival_cdf_figure', 'numbers_at_risk', 'survival_figure', 'follow_up_figure']
+           'density_line', 'whole_ticks', 'log_axis', 'draw_histogram', 'survival_times_figure', 'survival_before',
+           'class_names', 'check_borders', 'class_shares', 'survival_cdf_figure', 'numbers_at_risk', 'survival_figure',
+           'follow_up_figure']
 
-# %% ../nbs/08_survival.ipynb #50f616ff
+# %% ../nbs/08_survival.ipynb #f9d278f2
 import textwrap
 
 import numpy as np
 import pandas as pd
 from lifelines import KaplanMeierFitter
 from lifelines.utils import median_survival_times
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import gaussian_kde
 
 from .manifest import DAYS_PER_UNIT
@@ -124,7 +125,7 @@ def reverse_kaplan_meier(known):
     died_first = np.where(known.event, np.nextafter(known.time_days, -np.inf), known.time_days)
     return KaplanMeierFitter().fit(np.maximum(died_first, 0), ~known.event)
 
-# %% ../nbs/08_survival.ipynb #f22037c0
+# %% ../nbs/08_survival.ipynb #022efec2
 def survival_summary(samples:pd.DataFrame, # with time_days and event
                      by:str=None # a column that makes groups
                     ) -> pd.DataFrame: # group, patients, events; medians with 95% intervals and the longest time, in days
@@ -133,26 +134,41 @@ def survival_summary(samples:pd.DataFrame, # with time_days and event
     known, rows = outcome_rows(patients), []
     for name, group in {"overall": known, **(patient_groups(known, by) if by else {})}.items():
         survival, watched = (days_text(*median_interval(fit(group))) if len(group) else "–" for fit in (kaplan_meier, reverse_kaplan_meier))
-        rows.append({"group": name, "patients": len(group), "events": int(group.event.sum()), "median survival": survival, "median follow-up": watched, "longest time": group.time_days.max()})
+        rows.append({"group": name, "patients": len(group), "events": int(group.event.sum()), "median survival": survival,
+                     "median follow-up": watched, "longest time": group.time_days.max()})
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_survival.ipynb #141a0196
+# %% ../nbs/08_survival.ipynb #31f4db13
 def bin_edges(values:np.ndarray # finite numbers
              ) -> np.ndarray: # edges of 30 bins at most
-    "Edges of a histogram: one bin for each whole number when they are few, else by the data."
+    "Edges of a histogram: one bin for each whole number (or multiple, such as 70, 80, 90) when they are few, else by the data."
     low, high = values.min(), values.max()
-    if np.all(values == np.round(values)) and high - low <= 20: return np.arange(low - 0.5, high + 1)
+    step = float(np.gcd.reduce((values - low).astype(int))) if np.all(values == np.round(values)) else 0
     if low == high: return np.array([low - 0.5, low + 0.5])
+    if step and (high - low)/step <= 20: return np.arange(low - step/2, high + step, step)
     return np.linspace(low, high, int(np.clip(len(np.histogram_bin_edges(values, "auto")) - 1, 6, 30)) + 1)
 
 
 def density_line(values, edges, n_points=200):
-    "Points of a kernel density in patients per bin, over the range of the data; None with fewer than 3 distinct values."
-    if len(np.unique(values)) < 3: return None
+    "Points of a kernel density in patients per bin, over the range of the data; None with fewer than 10 distinct values."
+    if len(np.unique(values)) < 10: return None
     x = np.linspace(values.min(), values.max(), n_points)
     return x, gaussian_kde(values)(x)*len(values)*(edges[1] - edges[0])
 
-# %% ../nbs/08_survival.ipynb #0ee50d59
+# %% ../nbs/08_survival.ipynb #9f07e820
+def whole_ticks(n_ticks:int=5):
+    "A locator of about so many whole numbers, in steps of 1, 2 or 5."
+    return MaxNLocator(n_ticks, integer=True, steps=[1, 2, 5, 10])
+
+
+def log_axis(axis, # ax.xaxis of a logarithmic axis
+             low, high): # the values to show, above zero
+    "Plain numbers as ticks: 1, 2, 5, 10 when the values span little, else powers of ten."
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200*low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+# %% ../nbs/08_survival.ipynb #a7564fd9
 def draw_histogram(ax, # of a figure
                    values, # numbers, none missing
                    color=PALETTE[0],
@@ -164,15 +180,17 @@ def draw_histogram(ax, # of a figure
     if not len(known):
         ax.text(0.5, 0.5, "no values", ha="center", va="center", transform=ax.transAxes, color=FAINT)
         return ax.set(yticks=[])
-    if is_log: ax.set_xscale("log"); ax.xaxis.set_minor_formatter(NullFormatter())
     edges = bin_edges(known)
     shown = (lambda x: 10**x) if is_log else (lambda x: x)
+    if is_log:
+        ax.set_xscale("log")
+        log_axis(ax.xaxis, *shown(edges[[0, -1]]))
     heights, _ = np.histogram(known, edges)
     ax.bar(shown(edges[:-1]), heights, width=np.diff(shown(edges)), align="edge", color=color, alpha=0.35, edgecolor="white", linewidth=0.6)
     line = density_line(known, edges)
     if line is not None: ax.plot(shown(line[0]), line[1], color=color, linewidth=1.8)
     ax.axvline(shown(np.median(known)), color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_locator(whole_ticks())
 
 # %% ../nbs/08_survival.ipynb #db97fecd
 def survival_times_figure(samples:pd.DataFrame # with time_days and event
@@ -268,7 +286,7 @@ def _draw_at_risk(ax, groups, days, colors):
         for day, n in zip(days, numbers_at_risk(group, days)): ax.text(day, row, str(n), ha="center", va="center", fontsize=9.5, color=INK)
     ax.set_title("at risk", loc="left", fontsize=9.5, color=INK, pad=2)
 
-# %% ../nbs/08_survival.ipynb #29c1f5e0
+# %% ../nbs/08_survival.ipynb #f07de860
 def survival_figure(samples:pd.DataFrame, # with time_days and event
                     by:str=None # a column that makes groups; six at most, the rest together
                    ): # Figure
@@ -281,7 +299,7 @@ def survival_figure(samples:pd.DataFrame, # with time_days and event
     colors = PALETTE[:len(groups)]
     for (name, group), color in zip(groups.items(), colors): _draw_curve(ax, group, color, name, len(groups) <= 3)
     longest = max([1.0, *known.time_days])
-    days = [day for day in MaxNLocator(5, integer=True).tick_values(0, longest) if 0 <= day <= longest]
+    days = [day for day in whole_ticks(8).tick_values(0, longest) if 0 <= day <= longest]
     ax.set_xticks(days)
     ax.tick_params(labelbottom=True)
     ax.set(xlabel="days", ylabel="share alive", ylim=(0, 1.02), xlim=(0, longest*1.02))

@@ -9,7 +9,9 @@ __all__ = ['KEYS', 'SAMPLE', 'ALL_FOLDS', 'UNITS', 'CENSORING', 'prediction_colu
            'harrell_estimates', 'free_at', 'sheet_problem', 'sheet_tau', 'no_value', 'uno_estimate', 'auc_estimate',
            'Gain', 'sheet_terms', 'reference_terms', 'terms_mean', 'brier_estimates', 'brier_grid',
            'integrated_estimates', 'model_estimates', 'evaluate_survival', 'Difference', 'same_units', 'two_sided',
-           'paired_difference']
+           'paired_difference', 'DAYS_PER_MONTH', 'HORIZONS_DAYS', 'Brier', 'CIndex', 'Estimate', 'brier_score',
+           'choose_tau', 'harrell_c', 'integrated_brier', 'patient_bootstrap', 'survival_matrix', 'survival_outcome',
+           'time_dependent_auc', 'uno_c']
 
 # %% ../../nbs/30_metrics.ipynb #89dd60af
 from collections.abc import Callable
@@ -25,6 +27,10 @@ from .measures import (DAYS_PER_MONTH, HORIZONS_DAYS, Brier, CIndex, Estimate, T
                                          harrell_c, horizon_name, integrated_brier, integrated_terms, kaplan_meier_at,
                                          survival_at, survival_matrix, survival_outcome, time_dependent_auc, uno_c)
 from ..tables import DataError, check_columns, check_predictions, listed, survival_columns
+
+# %% ../../nbs/30_metrics.ipynb #5714d0c0
+_all_ = ["DAYS_PER_MONTH", "HORIZONS_DAYS", "Brier", "CIndex", "Estimate", "brier_score", "choose_tau", "harrell_c", "integrated_brier",
+         "patient_bootstrap", "survival_matrix", "survival_outcome", "time_dependent_auc", "uno_c"]
 
 # %% ../../nbs/30_metrics.ipynb #ece198b7
 def prediction_columns(table):

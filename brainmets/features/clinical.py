@@ -42,11 +42,12 @@ def as_column(column): # a Column, or anything with name, kind and some of log, 
     given = {f.name: getattr(column, f.name) for f in fields(Column) if hasattr(column, f.name)}
     return Column(**{**given, "levels": tuple(given.get("levels", ()))})
 
-# %% ../../nbs/15_clinical.ipynb #d526d987
+# %% ../../nbs/15_clinical.ipynb #426e5782
 def _refuse(name, samples, wrong, expected):
     "Raise for the rows `wrong` of a column."
     if wrong.any():
-        raise DataError(f"{name} is {listed(samples.loc[wrong, name].unique())} in {int(wrong.sum())} row(s), samples {listed(samples.loc[wrong, 'sample_id'])}. Expected {expected}.")
+        raise DataError(f"{name} is {listed(samples.loc[wrong, name].unique())} in {int(wrong.sum())} row(s), "
+                        f"samples {listed(samples.loc[wrong, 'sample_id'])}. Expected {expected}.")
 
 
 def _read_number(samples, column):
@@ -65,7 +66,7 @@ def _read_flag(samples, column):
     _refuse(column.name, samples, samples[column.name].notna() & ~values.isin([0, 1]), "0, 1 or missing")
     return values
 
-
+# %% ../../nbs/15_clinical.ipynb #5b7fa4a1
 def _read_category(samples, column):
     "Text, or None where missing."
     def text(value): return str(int(value)) if isinstance(value, (float, np.floating)) and value.is_integer() else str(value)
@@ -230,7 +231,7 @@ def transform(self:ClinicalEncoder,
     features = {k: v for column in self.columns for k, v in _features_of(column, samples).items()}
     return pd.DataFrame({name: features[name] for name in self.feature_names}, index=pd.Index(samples["sample_id"], name="sample_id"), dtype=float)
 
-# %% ../../nbs/15_clinical.ipynb #28965542
+# %% ../../nbs/15_clinical.ipynb #9b136ce3
 def _unit(column, feature):
     "What one unit of a feature is."
     if feature == f"{column.name}_missing": return "1 when missing"
@@ -246,7 +247,7 @@ def _column_of(encoder, feature):
     "The `FittedColumn` that made a feature."
     return next(c for c in encoder.columns if feature in (c.name, f"{c.name}_missing") or (c.kind == "category" and feature.startswith(f"{c.name}=")))
 
-
+# %% ../../nbs/15_clinical.ipynb #ebe138f3
 @patch
 def units(self:ClinicalEncoder):
     "From feature to what one unit of it is."
@@ -378,7 +379,7 @@ def _components(standardised, # (n, p)
     rows = rows*np.sign(rows[np.arange(len(rows)), largest])[:, None]
     return rows[:n_components], (singular**2/(singular**2).sum())[:n_components]
 
-# %% ../../nbs/15_clinical.ipynb #a7cfcd46
+# %% ../../nbs/15_clinical.ipynb #f5ef16f2
 def _filled(X):
     "(values without gaps, median of each column, number of gaps of each), rows in the order of their ids: sums do not depend on the given order."
     values = _numeric_table(X)[np.argsort(X.index.astype(str), kind="stable")]
@@ -406,7 +407,8 @@ def fit_reducer(X, # TRAINING rows of a numeric table, index sample_id
     dropped |= {X.columns[usable[i]]: f"|r| = {correlation[i, k]:.3f} with {X.columns[usable[k]]}" for i, k in enumerate(leader) if k >= 0}
     left = usable[leader < 0]
     loadings, explained = _components(Z[:, leader < 0], n_components) if n_components is not None else (np.empty((0, 0)), np.empty(0))
-    return Reducer(tuple(X.columns[left]), *(tuple(v[left].tolist()) for v in (fill, mean, sd)), used, _tuples(loadings.tolist()), tuple(explained.tolist()), dropped, len(X))
+    scaling = (tuple(v[left].tolist()) for v in (fill, mean, sd))
+    return Reducer(tuple(X.columns[left]), *scaling, used, _tuples(loadings.tolist()), tuple(explained.tolist()), dropped, len(X))
 
 # %% ../../nbs/15_clinical.ipynb #cacfdbd5
 REDUCER_SCHEMA = "brainmets.reducer/1"

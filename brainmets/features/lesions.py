@@ -36,7 +36,7 @@ def label_map(labels): # dict from tissue to value(s), or LabelsPart of a manife
     except ValidationError as error:
         raise DataError(f"labels {labels}: " + error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
-# %% ../../nbs/13_lesions.ipynb #7cb5ccff
+# %% ../../nbs/13_lesions.ipynb #a41028ee
 def _labels_in(mask):
     "The mask as int32, cut to the box around its labels, and where that box begins."
     mask = np.asarray(mask)
@@ -56,7 +56,8 @@ def tissue_masks(mask, # (X, Y, Z) of whole numbers
     found = np.unique(mask)
     unknown = [v for v in found if v and (v % 10 or -1 if labels.coding == "lesion_digit" else v) not in known]
     if unknown:
-        raise DataError(f"mask holds the value(s) {listed(unknown)}, which the labels {tissues} do not name. Remedy: mend the label map, or list them under background.")
+        raise DataError(f"mask holds the value(s) {listed(unknown)}, which the labels {tissues} do not name. "
+                        "Remedy: mend the label map, or list them under background.")
     values = mask % 10 if labels.coding == "lesion_digit" else mask
     return {tissue: np.isin(values, wanted) for tissue, wanted in tissues.items()}
 
@@ -92,7 +93,7 @@ def _core_of(tissues):
     found = [tissues[name] for name in CORE if name in tissues]
     return np.logical_or.reduce(found) if found else None
 
-# %% ../../nbs/13_lesions.ipynb #25b1c4ea
+# %% ../../nbs/13_lesions.ipynb #7630a99c
 def _features(mask, voxel_ml, labels, infratentorial, min_voxels):
     "The features of a mask whose voxels have `voxel_ml`."
     mask, box = _labels_in(mask)
@@ -118,10 +119,11 @@ def mask_features(mask, # (X, Y, Z) of whole numbers
     if spacing.shape != (3,) or not np.all(np.isfinite(spacing) & (spacing > 0)):
         raise DataError(f"spacing_mm={spacing_mm}; expected three positive numbers, mm along X, Y, Z.")
     if infratentorial is not None and np.shape(infratentorial) != np.shape(mask):
-        raise DataError(f"infratentorial of shape {np.shape(infratentorial)}, mask of {np.shape(mask)}; expected one grid. Remedy: infratentorial_mask(atlas, like).")
+        raise DataError(f"infratentorial of shape {np.shape(infratentorial)}, mask of {np.shape(mask)}; expected one grid. "
+                        "Remedy: infratentorial_mask(atlas, like).")
     return _features(mask, float(spacing.prod())/1000, label_map(labels), infratentorial, min_voxels)
 
-# %% ../../nbs/13_lesions.ipynb #0650468c
+# %% ../../nbs/13_lesions.ipynb #ed7d2a6f
 def _nifti(array, affine):
     "A NIfTI image in memory; flags become bytes, because NIfTI has no boolean."
     return Nifti1Image(array.astype(np.uint8) if array.dtype == bool else array, affine)
@@ -137,7 +139,8 @@ def infratentorial_mask(atlas, # nibabel image, or path of one
     carried = np.asarray(resample_from_to(atlas, (like.shape[:3], like.affine), order=0).dataobj)
     region = carried > 0 if values is None else np.isin(carried, list(values))
     if not region.any():
-        raise DataError(f"the infratentorial atlas has no voxel on the grid {tuple(like.shape[:3])}. Expected an atlas in the space of the masks. Remedy: register it first.")
+        raise DataError(f"the infratentorial atlas has no voxel on the grid {tuple(like.shape[:3])}. Expected an atlas in the space of the masks. "
+                        "Remedy: register it first.")
     return region
 
 # %% ../../nbs/13_lesions.ipynb #31703429
@@ -201,7 +204,7 @@ def mask_rows(images, # images table: patient_id, session, sequence, path
         raise DataError(f"masks that cannot be told apart: {listed(rows.loc[rows['name'].duplicated(), 'name'])}. Expected a session or sample_id each.")
     return rows.reset_index(drop=True)
 
-# %% ../../nbs/13_lesions.ipynb #f47cbbc2
+# %% ../../nbs/13_lesions.ipynb #c8412477
 def _tried(measure, file):
     "(result, '') or (None, what went wrong): one bad file must not stop the others."
     try: return measure(file), ""
@@ -216,7 +219,8 @@ def _measure_all(rows, measure, workers, progress):
     failures = [{"patient_id": row["patient_id"], "name": row["name"], "error": error} for row, (_, error) in zip(rows.to_dict("records"), results) if error]
     if not good: raise DataError(f"none of {len(rows)} masks could be measured; the first: {failures[0]['error']}")
     if failures:
-        warnings.warn(f"{len(failures)} of {len(rows)} masks could not be measured: {listed(f['name'] for f in failures)}. First: {failures[0]['error']}", stacklevel=3)
+        warnings.warn(f"{len(failures)} of {len(rows)} masks could not be measured: {listed(f['name'] for f in failures)}. "
+                      f"First: {failures[0]['error']}", stacklevel=3)
     return good, failures
 
 # %% ../../nbs/13_lesions.ipynb #ff13ab1a

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['member_name', 'patients_fingerprint', 'fold_rows', 'run_fold', 'cross_validate']
 
-# %% ../../nbs/41_crossval.ipynb #7e9fda14
+# %% ../../nbs/41_crossval.ipynb #6f98fac9
 import hashlib
 import time
 
 
 import pandas as pd
 from joblib import Parallel, delayed
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..runs import Run
 from ..splits import assert_disjoint
