@@ -25,5 +25,4 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=requirement_lines("requirements"),
     extras_require={"dev": requirement_lines("dev_requirements")},
-    entry_points={"console_scripts": [settings["console_scripts"]]},
 )

@@ -7,17 +7,17 @@ __all__ = ['SHOWN', 'STUDIES', 'PLANNED', 'NOT_BUILT', 'CORES', 'MANIFEST', 'DAT
            'wrapped_table', 'say', 'settings_of', 'do_phantom', 'do_check', 'do_describe', 'do_run', 'do_report',
            'do_demo', 'do_not_built', 'Verb', 'argument', 'build_parser', 'main']
 
-# %% ../nbs/71_cli.ipynb #4008ca80
+# %% ../nbs/71_cli.ipynb #710141e5
 import argparse
 import os
 import shutil
 import sys
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import brainmets
-from .tables import DataError, inside, listed, suggestion, write_table
+from .tables import DataError, listed, suggestion, write_table
 
 # %% ../nbs/71_cli.ipynb #388cddcd
 def wrapped_table(table, # DataFrame of text
@@ -77,14 +77,17 @@ def do_check(options):
         f"{0 if cohort.images is None else len(cohort.images)} image files; {counts}. All problems: {options.out}")
     return 1 if fatal(cohort.problems) else 0
 
-# %% ../nbs/71_cli.ipynb #a3ecaae2
+# %% ../nbs/71_cli.ipynb #cc5761ad
 def do_describe(options):
     "Describe a cohort: tables and figures on one page."
     from brainmets.cohort import load_cohort
-    from brainmets.studies.clinical import describe_cohort
-    cohort = load_cohort(options.manifest, options.data, settings_of(options.set))
-    page = describe_cohort(cohort, options.out, n_workers=options.workers, progress=sys.stderr.isatty())
-    say(f"{cohort.manifest.cohort.name}: described {cohort.n_patients} patients: {page}")
+    from brainmets.eda import describe_cohort
+    from brainmets.features.measured import has_masks, lesions_of_cohort, with_measured_volumes
+    cohort, lesions = load_cohort(options.manifest, options.data, settings_of(options.set)), None
+    if has_masks(cohort):
+        lesions = lesions_of_cohort(cohort, n_workers=options.workers, progress=sys.stderr.isatty())
+        cohort, _ = with_measured_volumes(cohort, n_workers=options.workers, progress=sys.stderr.isatty())
+    say(f"{cohort.manifest.cohort.name}: described {cohort.n_patients} patients: {describe_cohort(cohort, options.out, lesions)}")
     return 0
 
 # %% ../nbs/71_cli.ipynb #f0981879

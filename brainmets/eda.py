@@ -313,7 +313,7 @@ def describe(samples:pd.DataFrame, # patient_id, covariates, and time_days with 
                       [*notices, *description_notices(seen)], "Tables beside this page: table_one.csv, vif.csv, missingness.csv. Figures: figures/. Made by brainmets.",
                       Path(out_dir)/"figures")
 
-# %% ../nbs/12_eda.ipynb #e111da07
+# %% ../nbs/12_eda.ipynb #adc0a15d
 def exclusion_flow(steps, # of a cohort: text, n_samples, n_patients, n_left_out after each exclusion
                    last:str="Patients described" # label of the last box
                   ): # FlowBox, or None when nobody was left out
@@ -331,7 +331,7 @@ def describe_cohort(cohort, # of `brainmets.cohort`: samples, columns, flow, pro
                     lesions=None, features=None, borders_months=(6, 21) # as for `describe`
                    ) -> Path: # index.html
     "Describe a cohort by its manifest: names, units and exclusions come from there. Feature groups of the manifest are left out."
-    columns = [column for column in cohort.columns if column.group == "clinical"]
+    columns = [column for column in cohort.columns if column.group in ("clinical", "volumes")]
     kinds = {kind: [column.name for column in columns if column.kind == kind] for kind in ("number", "category", "flag")}
     fatal = sum(problem.severity == "fatal" for problem in cohort.problems)
     notices = [Notice("warning", f"The check of this cohort found fatal problems: {fatal}. The numbers below include the cells concerned.")] if fatal else []

@@ -91,11 +91,11 @@ def as_recorded(facts, # dict from `clinical_truth`
             "Pack_years": gap if no_smoking else facts["Pack_years"], "Extranodal": gap if no_staging else facts["Extranodal"],
             "Primary": spelled[int(rng.integers(len(spelled)))] if spelled else facts["Primary"]}
 
-# %% ../nbs/11_phantom.ipynb #c4eefe3f
+# %% ../nbs/11_phantom.ipynb #e643097a
 @functools.lru_cache(maxsize=1)
 def _sites():
     "Possible centres: world mm (n, 3), depth below the brain's surface mm (n,), weight (n,), is_infratentorial (n,)."
-    grid = Grid((60, 60, 39))
+    grid = Grid((48, 48, 31))
     csf, gm, wm = anatomy(grid.shape)
     depth = ndimage.distance_transform_edt(csf + gm + wm > 0.5, sampling=grid.spacing_mm)
     points = voxel_points(grid.axes_mm())
@@ -106,7 +106,7 @@ def _sites():
     usable = (depth > 3) & (csf < 0.3) & (below | above)
     return points[usable], depth[usable], weight[usable], below[usable]
 
-# %% ../nbs/11_phantom.ipynb #22b536e4
+# %% ../nbs/11_phantom.ipynb #c3067276
 def place(rng, # numpy Generator
           reaches_mm, # how far each lesion reaches from its centre, largest first
           infratentorial): # bool for each lesion
@@ -118,7 +118,7 @@ def place(rng, # numpy Generator
             fit = (is_below == below) & (depth >= share*reach) & (nearest - reach > gap_mm)
             if fit.any(): break
         edges = np.cumsum(weight*fit)
-        center = points[np.searchsorted(edges, rng.random()*edges[-1], side="right")] + rng.uniform(-2, 2, 3)
+        center = points[np.searchsorted(edges, rng.random()*edges[-1], side="right")] + rng.uniform(-2.5, 2.5, 3)
         nearest = np.minimum(nearest, np.sqrt(((points - center)**2).sum(1)) - reach)
         centers.append(tuple(np.round(center, 2).tolist()))
     return centers
@@ -304,7 +304,7 @@ def _truth_row(plan, hazard, risk, outcome, is_null):
     return {"patient_id": plan.scan_id(), "center": plan.facts["Center"], "patchiness": plan.patchiness, **risk, **hidden,
             **{f"survival_{t}": round(s, 6) for t, s in zip(TRUTH_DAYS, curve)}, "null": is_null, "spawn_key": plan.k}
 
-# %% ../nbs/11_phantom.ipynb #edc1ddd4
+# %% ../nbs/11_phantom.ipynb #584132fc
 SHEET_ORDER = ("BraTS_MET_ID", "Center", "Age", "Sex", "Pack_years", "KPS", "Primary", "Primary_controlled", "Extranodal", "Infratentorial",
                "ET_num", "Nec_num", "Edema_num", "ET_vol", "Nec_vol", "Edema_vol", "Nec_ET_ratio", "Edema_ET_ratio", "Largest_vol",
                "EGFR_ALK", "BRAF", "Breast_subtype", "Hemoglobin", "Survival (days)", "Death", "Local failure", "Time to local failure (days)")
@@ -333,8 +333,8 @@ def cohort_tables(plans, # list of Plan, drawn with the same seed and null
 
 
 def _lesion_sheet(rows):
-    "The workbook's sheet of lesions at baseline: where each is (index of the voxel, from 0), and its label."
-    names = {"patient_id": "BraTS_MET_ID", "lesion": "Lesion", "x_voxel": "X", "y_voxel": "Y", "z_voxel": "Z", "radionecrosis": "Radionecrosis"}
+    "The workbook's sheet of lesions at baseline: where the centre of each is (world, RAS+, mm), and its label."
+    names = {"patient_id": "BraTS_MET_ID", "lesion": "Lesion", "x_mm": "X (mm)", "y_mm": "Y (mm)", "z_mm": "Z (mm)", "radionecrosis": "Radionecrosis"}
     return rows.loc[rows.session == 0, list(names)].rename(columns=names)
 
 # %% ../nbs/11_phantom.ipynb #80a95a36
@@ -460,13 +460,13 @@ def manifest_text(parameters, markers=False):
     parts = {"cohort": cohort, "table": table, "outcome": outcome, "covariates": {**COVARIATES, **(MARKERS if markers else {})}}
     return tomli_w.dumps({**parts, **(_image_parts() if parameters["images"] else {})})
 
-# %% ../nbs/11_phantom.ipynb #ef54d2c2
+# %% ../nbs/11_phantom.ipynb #a840cf21
 PHANTOM_VERSION = 1          # counts changes of what a seed gives
 
 
-def _parameters(n_patients, shape, seed, null, images, sessions, markers):
-    "The parameters that decide what is written, checked."
-    for name, value, low in (("n_patients", n_patients, 1), ("sessions", sessions, 1), ("seed", seed, 0)):
+def _parameters(n_patients, shape, seed, null, images, sessions, markers, workers):
+    "The parameters that decide what is written, checked; workers decide nothing."
+    for name, value, low in (("n_patients", n_patients, 1), ("sessions", sessions, 1), ("seed", seed, 0), ("workers", workers, 1)):
         if int(value) != value or value < low: raise DataError(f"{name} = {value} cannot be used. Expected a whole number of at least {low}.")
     shape = [int(n) for n in shape]
     if len(shape) != 3 or min(shape) < 16: raise DataError(f"shape = {tuple(shape)} cannot be used. Expected three numbers of at least 16 voxels; SRI24 has 240, 240, 155.")
@@ -514,7 +514,7 @@ def _write_scans(folder, k, parameters):
         if all(p.is_file() for p in paths.values()): continue
         for s, array in draw_scan(plan, lesions, seed, shape, session).items(): write_bytes(paths[s], _nifti_bytes(array, Grid(shape)))
 
-# %% ../nbs/11_phantom.ipynb #2b5afb31
+# %% ../nbs/11_phantom.ipynb #f1cbd745
 def write_phantom(folder, # empty or new, or an unfinished write of the same phantom
                   n_patients=60, # how many patients
                   shape=(32, 32, 32), # voxels of the images; (240, 240, 155) is the SRI24 grid
@@ -526,7 +526,7 @@ def write_phantom(folder, # empty or new, or an unfinished write of the same pha
                   progress=True, # show a bar
                   markers=False): # offer molecular markers and hemoglobin in the manifest
     "Write a synthetic cohort with known truth; returns the path of its manifest."
-    folder, parameters = Path(folder), _parameters(n_patients, shape, seed, null, images, sessions, markers)
+    folder, parameters = Path(folder), _parameters(n_patients, shape, seed, null, images, sessions, markers, workers)
     _claim(folder, parameters)
     write_json(folder/"truth.json", _truth_json(parameters))
     plans = [plan_patient(seed, k, null) for k in range(n_patients)]

@@ -317,7 +317,7 @@ def draw_core(canvas, lesion, patchiness=0.0):
     dull = 1/(1 + np.exp(-4*shape.patches(voxel_points(axes))))
     canvas.uptake[slices] = np.where(core > 0, 1 - patchiness*dull, canvas.uptake[slices])
 
-# %% ../nbs/05_phantom_images.ipynb #d5268d77
+# %% ../nbs/05_phantom_images.ipynb #7f2b3920
 def draw_edema(canvas, lesion):
     "Draw the edema of one lesion; cores must have been drawn."
     if lesion.edema_ml <= 0: return
@@ -333,7 +333,7 @@ def draw_edema(canvas, lesion):
     chosen = lowest(cost, round(lesion.edema_ml/grid.voxel_ml))
     if not chosen.any(): return
     canvas.mask[slices][chosen] = LABELS["edema"]
-    fade = np.clip(0.55 + (cost[chosen].max() - cost[chosen])/25, 0, 1)
+    fade = np.clip(0.65 + (cost[chosen].max() - cost[chosen])/25, 0, 1)
     room = 1 - canvas.lesions[(slice(None), *slices)].sum(0)
     canvas.lesions[1][slices][chosen] += fade*room[chosen]
 
@@ -348,15 +348,15 @@ def draw_lesions(canvas, # Canvas without lesions
     canvas.lesions /= np.maximum(canvas.lesions.sum(0), 1)
     return canvas
 
-# %% ../nbs/05_phantom_images.ipynb #a97a3d23
+# %% ../nbs/05_phantom_images.ipynb #d31bdd28
 SEQUENCES = ("t1", "t1ce", "t2", "flair")
-SIGNALS = {"csf":      (0.26, 0.28, 1.70, 0.22),
+SIGNALS = {"csf":      (0.20, 0.22, 2.10, 0.12),
            "gm":       (0.70, 0.73, 0.88, 0.90),
            "wm":       (1.00, 1.00, 0.60, 0.68),
-           "necrosis": (0.42, 0.40, 1.45, 0.80),
-           "edema":    (0.68, 0.70, 1.25, 1.35),
-           "nodular":  (0.66, 1.75, 0.88, 1.05),
-           "feathery": (0.62, 1.60, 1.20, 1.25)}
+           "necrosis": (0.38, 0.36, 1.60, 0.75),
+           "edema":    (0.62, 0.64, 1.30, 1.40),
+           "nodular":  (0.60, 1.75, 0.95, 1.10),
+           "feathery": (0.57, 1.60, 1.30, 1.30)}
 
 
 def ideal_signal(canvas, # Canvas
@@ -370,7 +370,7 @@ def ideal_signal(canvas, # Canvas
         total += share*(plain + (value - plain)*canvas.uptake if is_lit else value)
     return total.astype(np.float32)
 
-# %% ../nbs/05_phantom_images.ipynb #4526060e
+# %% ../nbs/05_phantom_images.ipynb #afaf1a9c
 @dataclass(frozen=True)
 class Scanner:
     "How a centre's scanner turns signal into stored numbers."
@@ -383,7 +383,7 @@ class Scanner:
 
 
 CENTERS = {"A": Scanner(400.0, 0.10, 1.0, 0.035, 0.05, 0.7),
-           "B": Scanner(900.0, 0.15, 0.8, 0.060, 0.12, 1.0)}
+           "B": Scanner(900.0, 0.15, 0.85, 0.060, 0.12, 1.0)}
 
 # %% ../nbs/05_phantom_images.ipynb #4b45e2ab
 def scan(signal, # (X, Y, Z) ideal

@@ -87,7 +87,7 @@ def split_section(results):
             "penalty are fitted on the training patients of a fold, the penalty by an inner cross-validation among them.")
     return Section("Split", (Paragraph(text), Details("Folds and partitions", (Table(counts, "Patients, samples and events of each part"),))))
 
-# %% ../nbs/70_report.ipynb #04190407
+# %% ../nbs/70_report.ipynb #b05d58a5
 HEADLINES = {"Harrell C": ("Harrell C", "pooled"), "C within folds": ("Harrell C", "within folds"), "Uno C": ("Uno C", "within folds")}
 
 
@@ -99,23 +99,23 @@ def _pick(metrics, model, metric, scope):
 
 def headline_table(results):
     "One row for each model: concordances with intervals, patients, samples and events; the oracle below."
-    rows, what = [], {m["model"]: m["what"] for m in results.summary["models"]}
+    rows = []
     for model in results.metrics.model.unique():
         found = {title: _pick(results.metrics, model, *key) for title, key in HEADLINES.items()}
         first = found["Harrell C"]
         counts = {"patients": int(first.n_patients), **({"samples": int(first.n_samples)} if results.unit == "sample" else {}), "events": int(first.n_events)}
-        rows.append({"model": model, **{t: interval_text(r) if r is not None else "–" for t, r in found.items()}, **counts, "what": what.get(model, "")})
+        rows.append({"model": model, **{t: interval_text(r) if r is not None else "–" for t, r in found.items()}, **counts})
     for name, value in results.summary["oracle"].items():
-        if name in ORACLES: rows.append({"model": f"oracle: {ORACLES[name]}", "Harrell C": f"{value:.3f}", "what": "the truth of the phantom: no model can be expected to do better"})
+        if name in ORACLES: rows.append({"model": f"oracle: {ORACLES[name]}", "Harrell C": f"{value:.3f}"})
     return pd.DataFrame(rows)
 
 
-ORACLES = {"c_risk_true": "all that decides", "c_risk_table": "all that the table shows"}
+ORACLES = {"c_true": "all that decides", "c_table": "all that the table shows"}
 
 
 def oracle_c(results):
     "Harrell C of the true risk on a phantom, or None."
-    return next((v for k, v in results.summary["oracle"].items() if k == "c_risk_true"), None)
+    return next((v for k, v in results.summary["oracle"].items() if k == "c_true"), None)
 
 # %% ../nbs/70_report.ipynb #62dba310
 def other_metrics_table(results):
@@ -132,7 +132,7 @@ def fold_table(results):
     rows = results.metrics[(results.metrics.metric == "Harrell C") & results.metrics["scope"].str.startswith(("fold", "repeat"))]
     return rows.assign(C=[interval_text(r) for r in rows.to_dict("records")])[["model", "scope", "C", "n_patients", "n_events"]]
 
-# %% ../nbs/70_report.ipynb #ac8e61a7
+# %% ../nbs/70_report.ipynb #ce7cde5e
 def results_section(results):
     "All models in one table and one figure."
     level = f"{results.metrics['level'].dropna().max():.0%}"
@@ -143,9 +143,11 @@ def results_section(results):
     forest = FigureBlock(plot_c_forest(results.metrics, oracle_c(results)), f"Harrell C of all models, pooled over test folds, with {level} intervals.",
                          "Forest plot of the concordance of each model with its interval", f"forest-{results.name}")
     more = (Table(other_metrics_table(results), "At horizons, with intervals", "AUC: cumulative/dynamic. Brier: lower is better; of Kaplan-Meier: a forecast that is the same for all. IPA: 1 - Brier/Brier of Kaplan-Meier."),)
+    if results.summary["oracle"]: note += " The oracle is the true risk of the phantom: no model can be expected to do better."
+    what = Details("What the models are", (Table(pd.DataFrame(results.summary["models"]).rename(columns={"n_columns": "columns"}), "Models"),))
     missing = pd.DataFrame(results.summary["not_computable"])
     absent = (Details(f"{len(missing)} models could not be computed", (Table(missing, "Not computable, and why"),)),) if len(missing) else ()
-    return Section("Results", (Table(table, "Concordance of all models", note, right=right), forest, *absent, Details("AUC, Brier and IPA at horizons", more),
+    return Section("Results", (Table(table, "Concordance of all models", note, right=right), forest, what, *absent, Details("AUC, Brier and IPA at horizons", more),
                                Details("Harrell C by fold", (Table(fold_table(results), "Each fold alone"),))))
 
 # %% ../nbs/70_report.ipynb #5993e4ed
@@ -172,7 +174,7 @@ def groups_section(results, n_shown=1):
     rest = (Details(f"{len(blocks) - n_shown} more models", tuple(blocks[n_shown:])),) if len(blocks) > n_shown else ()
     return Section("Risk groups", (*blocks[:n_shown], *rest))
 
-# %% ../nbs/70_report.ipynb #43a9ec0c
+# %% ../nbs/70_report.ipynb #dc7b1a3a
 def hazards_section(results):
     "Hazard ratios with intervals, if the run could make them."
     if results.hazards is None: return []
@@ -181,6 +183,7 @@ def hazards_section(results):
     shown = pd.DataFrame({"term": h.term, "per": h.per.fillna(""), "hazard ratio (95% interval)": [f"{r.hazard_ratio:.2f} ({r.low:.2f} to {r.high:.2f})" if k else "not estimable" for r, k in zip(h.itertuples(), known)],
                           "p": [("<0.001" if p < 0.001 else f"{p:.3f}") if k else "–" for p, k in zip(h.p, known)], "points": h.points.round(0)})
     note = (f"Cox model without penalty on all {int(h.n_patients[0])} patients ({int(h.n_samples[0])} samples, {int(h.n_events[0])} events). It describes the cohort and is not used for any prediction. "
+            f"{int(h.n_events[0])/len(h):.1f} events for each term; fewer than 10 make intervals unreliable. " * int(h.n_events[0] < 10*len(h)) +
             "Points: effect from the 5th to the 95th percentile of the covariate, 100 for the largest. Not estimable: too few events at that level.")
     return [Section("Hazard ratios", (Table(shown, "Hazard ratios", note, right=("hazard ratio (95% interval)", "p")),))]
 

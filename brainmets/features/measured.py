@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['VOLUMES', 'MEASURED', 'VOLUME_ROLES', 'PYRADIOMICS_VOLUME', 'has_masks', 'baseline_masks', 'mask_features_of',
-           'with_measured_volumes', 'volume_column']
+           'lesions_of_cohort', 'with_measured_volumes', 'volume_column']
 
-# %% ../../nbs/19_measured.ipynb #943485a6
+# %% ../../nbs/19_measured.ipynb #b1358d2b
 import re
 import warnings
 from dataclasses import replace
 
 from ..cohort import CohortColumn
-from .lesions import features_of_cohort
+from .lesions import features_of_cohort, lesion_table
 from ..tables import listed
 
 # %% ../../nbs/19_measured.ipynb #578db923
@@ -31,7 +31,7 @@ def baseline_masks(cohort):
     rows = cohort.images[(cohort.images.sequence == "mask") & cohort.images.sample_id.isin(cohort.samples.sample_id)]
     return rows.sort_values(["patient_id", "session", "sample_id"]).drop_duplicates("patient_id")
 
-# %% ../../nbs/19_measured.ipynb #6fee375d
+# %% ../../nbs/19_measured.ipynb #47c95cad
 def mask_features_of(cohort, atlas=None, n_workers=1, progress=False):
     "One row a patient with the features of the first mask, and notices about masks that could not be measured."
     with warnings.catch_warnings():
@@ -39,6 +39,13 @@ def mask_features_of(cohort, atlas=None, n_workers=1, progress=False):
         table = features_of_cohort(baseline_masks(cohort), cohort.manifest.labels, cohort.data_dir, atlas, workers=n_workers, progress=progress)
     failed = [f["patient_id"] for f in table.attrs.get("failures", [])]
     return table, [f"{len(failed)} masks could not be measured ({listed(failed)}); these patients have missing volumes."]*bool(failed)
+
+
+def lesions_of_cohort(cohort, atlas=None, n_workers=1, progress=False):
+    "The lesions table of the first mask of each patient."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return lesion_table(baseline_masks(cohort), cohort.manifest.labels, cohort.data_dir, atlas, workers=n_workers, progress=progress)
 
 
 def with_measured_volumes(cohort, atlas=None, n_workers=1, progress=False):
