@@ -37,12 +37,21 @@ def test_numbers_are_unique_and_every_notebook_exports_one_module():
     assert len(set(exports)) == len(exports), "two notebooks export to one module: the second overwrites the first"
 
 
+def test_relative_imports_are_seen():
+    "The rule below would be empty if it missed the relative imports that nbdev writes."
+    assert ("brainmets.tables" in {name for name, _ in imported_modules(module_file("evaluate.curves"))})
+
+
 def module_file(module): return ROOT/"brainmets"/(module.replace(".", "/") + ".py")
 
 
 def imported_modules(file):
+    "Absolute names of imported modules; nbdev writes relative imports into modules."
+    package = ("brainmets", *file.relative_to(ROOT/"brainmets").parent.parts)
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module: yield node.module, [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join(package[:len(package) - node.level + 1]) + "." if node.level else ""
+            yield base + (node.module or ""), [a.name for a in node.names]
         if isinstance(node, ast.Import): yield from ((a.name, []) for a in node.names)
 
 

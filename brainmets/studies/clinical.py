@@ -199,7 +199,7 @@ class FitFold:
                 tables.append(fit_plan(plan, train, *encoded[plan.features], inner_fold, folder, seed, self.config, np.array(self.days)))
         return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/60_clinical.ipynb #36071f98
+# %% ../../nbs/60_clinical.ipynb #e06c27d3
 def make_folds(samples, config):
     "The folds table, and notices about what had to be adapted."
     if config.split == "leave-one-center-out":
@@ -207,10 +207,10 @@ def make_folds(samples, config):
         return folds, list(folds.attrs.get("notes", []))
     n_events = int(patients_of(samples).event.sum())
     n_folds = min(config.n_folds, n_events)
-    if n_folds < 2: raise DataError(f"{n_events} patient(s) with an event: no cross-validation is possible. Expected at least 2, and far more to learn anything.")
+    if n_events < 3: raise DataError(f"{n_events} patient(s) with an event: no nested cross-validation is possible. Expected at least 3, and far more to learn anything.")
     inner = min(config.inner_folds, n_events - int(np.ceil(n_events/n_folds)))
     notices = [f"Only {n_events} patients have an event: {n_folds} folds instead of {config.n_folds}."]*(n_folds < config.n_folds)
-    folds = k_fold(samples, n_folds, seed=config.seed, repeats=config.repeats, inner_folds=max(inner, 2), center=config.stratify_center)
+    folds = k_fold(samples, n_folds, seed=config.seed, repeats=config.repeats, inner_folds=inner, center=config.stratify_center)
     return folds, notices + list(folds.attrs.get("notes", []))
 
 # %% ../../nbs/60_clinical.ipynb #ccefa409
