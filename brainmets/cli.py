@@ -49,12 +49,13 @@ def settings_of(pairs): # list of "key=value"
         settings[key.strip()] = setting_value(value.strip())
     return settings
 
-# %% ../nbs/71_cli.ipynb #02f42805
+# %% ../nbs/71_cli.ipynb #43382869
 def do_phantom(options):
     "Write a synthetic cohort."
     from brainmets.phantom import write_phantom
     manifest = write_phantom(options.folder, n_patients=options.patients, shape=tuple(options.shape), seed=options.seed, null=options.null,
-                             images=not options.tables_only, sessions=options.sessions, workers=options.workers)
+                             images=not options.tables_only, sessions=options.sessions, workers=options.workers,
+                             progress=sys.stderr.isatty())
     say(f"Phantom cohort of {options.patients} patients{' without any signal' if options.null else ''}: {manifest}")
     return 0
 

@@ -57,7 +57,7 @@ def interval_text(row, digits=3): # a row of the metrics table
     interval = f" ({row['low']:.{digits}f} to {row['high']:.{digits}f})" if np.isfinite(row["low"]) else ""
     return f"{row['estimate']:.{digits}f}{interval}"
 
-# %% ../nbs/70_report.ipynb #0c4b665d
+# %% ../nbs/70_report.ipynb #c7112345
 def flow_box(steps): # of summary.json
     "The flow of exclusions, in samples (rows)."
     reason = lambda s: s["text"].removeprefix("Left out: ") + (f" ({listed(s['left_out'], 3)})" if len(s["left_out"]) <= 3 else "")
@@ -71,12 +71,12 @@ def cohort_section(results):
     "Who was studied, what was asked, who was left out."
     s, outcome, counts = results.summary, results.summary["outcome"], results.summary["counts"]
     facts = {"Cohort": s["cohort"]["title"], "Outcome": f"{outcome['name']}, one for each {outcome['level']}",
-             "Time": f"in {outcome['unit']} in the source, in days here (1 {outcome['unit'].rstrip('s')} = {results.provenance['time_unit']['days_per_unit']:g} days)",
+             "Time": "in days" if outcome["unit"] == "days" else f"in {outcome['unit']} in the source, in days here (1 {outcome['unit'].rstrip('s')} = {results.provenance['time_unit']['days_per_unit']:g} days)",
              "Patients": counts["n_patients"], "Samples": counts["n_samples"], "Events": f"{counts['n_events']} (in {counts['n_patients_with_event']} patients)",
              "Median time under observation": f"{counts['median_time_days']:.0f} days", "Licence": s["cohort"]["licence"], "Source": s["cohort"]["citation"]}
     blocks = [KeyValues(facts), Heading("Who was left out"), flow_box(s["flow"])]
     shown = results.problems[results.problems.severity != "note"].drop(columns="code")
-    if len(shown): blocks.append(Details(f"{len(shown)} findings of the check", (Table(shown, "Findings of the check"),)))
+    if len(shown): blocks.append(Details(f"Findings of the check: {len(shown)}", (Table(shown, "Findings of the check"),)))
     return Section("Cohort", tuple(blocks))
 
 # %% ../nbs/70_report.ipynb #e0ce71f0
@@ -132,7 +132,7 @@ def fold_table(results):
     rows = results.metrics[(results.metrics.metric == "Harrell C") & results.metrics["scope"].str.startswith(("fold", "repeat"))]
     return rows.assign(C=[interval_text(r) for r in rows.to_dict("records")])[["model", "scope", "C", "n_patients", "n_events"]]
 
-# %% ../nbs/70_report.ipynb #ce7cde5e
+# %% ../nbs/70_report.ipynb #4932ea7d
 def results_section(results):
     "All models in one table and one figure."
     level = f"{results.metrics['level'].dropna().max():.0%}"
@@ -146,11 +146,11 @@ def results_section(results):
     if results.summary["oracle"]: note += " The oracle is the true risk of the phantom: no model can be expected to do better."
     what = Details("What the models are", (Table(pd.DataFrame(results.summary["models"]).rename(columns={"n_columns": "columns"}), "Models"),))
     missing = pd.DataFrame(results.summary["not_computable"])
-    absent = (Details(f"{len(missing)} models could not be computed", (Table(missing, "Not computable, and why"),)),) if len(missing) else ()
+    absent = (Details("What could not be computed", (Table(missing, "Not computable, and why"),)),) if len(missing) else ()
     return Section("Results", (Table(table, "Concordance of all models", note, right=right), forest, what, *absent, Details("AUC, Brier and IPA at horizons", more),
                                Details("Harrell C by fold", (Table(fold_table(results), "Each fold alone"),))))
 
-# %% ../nbs/70_report.ipynb #5993e4ed
+# %% ../nbs/70_report.ipynb #3d3605a9
 def km_block(results, model):
     "The figure of one model's risk groups, or a sentence why there is none."
     try: groups = tercile_groups(results.predictions, model, unit=results.unit)
@@ -171,10 +171,10 @@ def _group_counts(table):
 def groups_section(results, n_shown=1):
     "Risk groups of the first model at once, of the others on request."
     blocks = [km_block(results, model) for model in results.metrics.model.unique()]
-    rest = (Details(f"{len(blocks) - n_shown} more models", tuple(blocks[n_shown:])),) if len(blocks) > n_shown else ()
+    rest = (Details(f"Risk groups of the other models: {len(blocks) - n_shown}", tuple(blocks[n_shown:])),) if len(blocks) > n_shown else ()
     return Section("Risk groups", (*blocks[:n_shown], *rest))
 
-# %% ../nbs/70_report.ipynb #dc7b1a3a
+# %% ../nbs/70_report.ipynb #b162af0d
 def hazards_section(results):
     "Hazard ratios with intervals, if the run could make them."
     if results.hazards is None: return []
@@ -197,7 +197,7 @@ def provenance_section(results):
                              "SHA-256 of patients": m["fitted_on"]["patients_sha256"], "seconds": m["seconds"]} for m in p["fitted_on"]])
     dropped = pd.DataFrame(results.summary["dropped_columns"])
     blocks = [KeyValues(facts), Details("What was fitted on whom", (Table(members, "Members and the patients that they were fitted on"),))]
-    if len(dropped): blocks.append(Details(f"{len(dropped)} columns dropped by encoders", (Table(dropped, "Columns that were constant or copies among training patients"),)))
+    if len(dropped): blocks.append(Details(f"Columns dropped by encoders: {len(dropped)}", (Table(dropped, "Columns that were constant or copies among training patients"),)))
     return Section("Provenance", tuple(blocks))
 
 # %% ../nbs/70_report.ipynb #e99a0dab
