@@ -1,10 +1,9 @@
 """Timings, each as a ratio against a named reference in the same run. `make bench` writes bench-results/bench.csv.
 
 `check`: tables and headers of 1,000 phantom patients, against a bare loop that opens the same files with nibabel and
-reads the shape and the affine. Peak memory is that of the process that checks.
+reads the shape and the affine. Peak memory is that of the process that checks, imports included (Linux: VmHWM).
 """
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from brainmets.tables import write_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHECK = """
-import resource, sys, time
+import re, sys, time
 from brainmets.checks import check
 import brainmets.checks as checks
 def no_voxels(path): raise AssertionError(f"a volume was read: {path}")
@@ -27,7 +26,8 @@ began = time.perf_counter()
 cohort = check(sys.argv[1], sys.argv[2], voxels=False, n_workers=1)
 seconds = time.perf_counter() - began
 assert len(cohort.images) == 5*cohort.n_patients, "not all files were found"
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, cohort.n_patients)
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+print(seconds, int(peak)/1024, cohort.n_patients)
 """
 
 
