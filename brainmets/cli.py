@@ -167,7 +167,7 @@ SET = argument("--set", action="append", metavar="KEY=VALUE", help="lay a value 
 WORKERS = argument("--workers", type=int, default=min(2, CORES), metavar="N", help="worker processes (default: %(default)s)")
 SEED = argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 
-# %% ../nbs/71_cli.ipynb #26888f92
+# %% ../nbs/71_cli.ipynb #2a2a25a1
 VERBS = (
     Verb("demo", do_demo, "The main job on the phantom cohort; ends in DIR/report.html.", "brainmets demo --out demo",
          (argument("--out", required=True, metavar="DIR", help="folder for everything"), argument("--patients", type=int, default=120, metavar="N", help="patients of the phantom (default: %(default)s)"),
@@ -183,7 +183,8 @@ VERBS = (
     Verb("describe", do_describe, "Describe a cohort: Table 1, distributions, survival, missingness.", "brainmets describe cohort/phantom.toml --data cohort --out description",
          (MANIFEST, DATA, SET, argument("--out", required=True, metavar="DIR", help="folder for the page, tables and figures"), WORKERS)),
     Verb("run", do_run, "Run a study on a cohort; a stopped run goes on with the same command.", "brainmets run clinical cohort/phantom.toml --data cohort --out run",
-         (argument("study", help=f"{', '.join(STUDIES)}; planned: {', '.join(PLANNED)}"), MANIFEST, DATA, SET,
+         (argument("study", help=f"{', '.join(STUDIES)}; planned: {', '.join(PLANNED)}"), MANIFEST, DATA,
+          argument("--set", action="append", metavar="KEY=VALUE", help="lay a value over the manifest (outcome.unit=days) or over the settings of the study (study.n_folds=10, study.split=leave-one-center-out); may be repeated"),
           argument("--preset", default="quick", metavar="quick|paper", help="settings of the study (default: %(default)s)"),
           argument("--out", required=True, metavar="RUN", help="run folder"), SEED, WORKERS)),
     Verb("report", do_report, "One page for one or several runs.", "brainmets report run --out report.html",

@@ -7,8 +7,8 @@ __all__ = ['SEVERITIES', 'PLAUSIBLE_MAXIMUM', 'PARSERS', 'ANY', 'Problem', 'prob
            'need_columns', 'identify', 'FlowStep', 'is_missing', 'excluded_rows', 'apply_exclusions', 'parse_times',
            'parse_events', 'parse_labels', 'question_unit', 'parse_number', 'parse_category', 'parse_flag',
            'CohortColumn', 'parse_covariates', 'parse_features', 'find_files', 'bids_entities', 'find_bids',
-           'session_of', 'index_images', 'path_expression', 'patients_on_disk', 'report_unlisted', 'Cohort', 'examine',
-           'refuse_fatal', 'load_cohort']
+           'session_of', 'index_images', 'path_expression', 'patients_on_disk', 'report_unlisted', 'Cohort',
+           'fingerprint_of', 'examine', 'refuse_fatal', 'load_cohort']
 
 # %% ../nbs/03_cohort.ipynb #baee25d4
 import glob
@@ -500,7 +500,7 @@ def _parse_outcome(raw, ids, manifest, problems):
     if manifest.outcome.competing_death: parsed["competing_death"] = raw.loc[ids.index, manifest.outcome.competing_death]
     return parsed
 
-# %% ../nbs/03_cohort.ipynb #cc67341c
+# %% ../nbs/03_cohort.ipynb #6ef1702f
 def _samples(raw, ids, manifest, problems):
     "The samples table and its columns."
     covariates, clinical = parse_covariates(raw, ids, manifest, problems)
@@ -513,7 +513,7 @@ def _samples(raw, ids, manifest, problems):
     return samples.reset_index(drop=True), tuple(clinical + measured)
 
 
-def _fingerprint(samples, manifest):
+def fingerprint_of(samples, manifest):
     "SHA-256 of the parsed samples and the manifest, so that a run knows its data."
     content = samples.to_csv(index=False) + manifest.model_dump_json()
     return hashlib.sha256(content.encode()).hexdigest()
@@ -540,7 +540,7 @@ def _expected_counts(flow, manifest, problems):
         if stated and stated != found:
             problems.append(Problem("warning", "count", "", manifest.cohort.name, f"{found} {name}, the publisher states {stated}", "check that the download is complete"))
 
-# %% ../nbs/03_cohort.ipynb #83d1774b
+# %% ../nbs/03_cohort.ipynb #91713022
 def examine(manifest, # Manifest
             data_dir, # the folder with the data
             with_images=True): # also look up image files
@@ -558,9 +558,9 @@ def examine(manifest, # Manifest
     _expected_counts(flow, manifest, problems)
     samples, columns = _samples(raw, ids, manifest, problems)
     images = _image_tables(all_ids, ids, manifest, data_dir, problems) if with_images else None
-    return Cohort(manifest, data_dir, samples, columns, images, tuple(flow), tuple(problems), _fingerprint(samples, manifest))
+    return Cohort(manifest, data_dir, samples, columns, images, tuple(flow), tuple(problems), fingerprint_of(samples, manifest))
 
-# %% ../nbs/03_cohort.ipynb #da7da0ee
+# %% ../nbs/03_cohort.ipynb #0e0215d8
 def _images_only(manifest, data_dir):
     "A cohort from images alone: patients are what the path pattern finds."
     problems, root = [], inside(data_dir, manifest.images.root)
@@ -580,7 +580,7 @@ def _images_only(manifest, data_dir):
     if ids.empty: problems.append(Problem("fatal", "no-images", "", manifest.images.root, "no image matches the path patterns", "check images.root and the patterns"))
     images = index_images(ids, manifest, data_dir, problems)
     samples = ids[["patient_id", "sample_id", "center"]].reset_index(drop=True)
-    return Cohort(manifest, data_dir, samples, (), images, tuple(flow), tuple(problems), _fingerprint(samples, manifest))
+    return Cohort(manifest, data_dir, samples, (), images, tuple(flow), tuple(problems), fingerprint_of(samples, manifest))
 
 # %% ../nbs/03_cohort.ipynb #14f2a6c5
 def refuse_fatal(problems, name):

@@ -132,7 +132,7 @@ def fold_table(results):
     rows = results.metrics[(results.metrics.metric == "Harrell C") & results.metrics["scope"].str.startswith(("fold", "repeat"))]
     return rows.assign(C=[interval_text(r) for r in rows.to_dict("records")])[["model", "scope", "C", "n_patients", "n_events"]]
 
-# %% ../nbs/70_report.ipynb #4932ea7d
+# %% ../nbs/70_report.ipynb #0b73ca6d
 def results_section(results):
     "All models in one table and one figure."
     level = f"{results.metrics['level'].dropna().max():.0%}"
@@ -144,7 +144,8 @@ def results_section(results):
                          "Forest plot of the concordance of each model with its interval", f"forest-{results.name}")
     more = (Table(other_metrics_table(results), "At horizons, with intervals", "AUC: cumulative/dynamic. Brier: lower is better; of Kaplan-Meier: a forecast that is the same for all. IPA: 1 - Brier/Brier of Kaplan-Meier."),)
     if results.summary["oracle"]: note += " The oracle is the true risk of the phantom: no model can be expected to do better."
-    what = Details("What the models are", (Table(pd.DataFrame(results.summary["models"]).rename(columns={"n_columns": "columns"}), "Models"),))
+    grades = "Grades of evidence of the scores. " + " ".join(f"{k}: {v}." for k, v in results.summary["evidence_grades"].items())
+    what = Details("What the models are", (Table(pd.DataFrame(results.summary["models"]).rename(columns={"n_columns": "columns"}), "Models", grades),))
     missing = pd.DataFrame(results.summary["not_computable"])
     absent = (Details("What could not be computed", (Table(missing, "Not computable, and why"),)),) if len(missing) else ()
     return Section("Results", (Table(table, "Concordance of all models", note, right=right), forest, what, *absent, Details("AUC, Brier and IPA at horizons", more),

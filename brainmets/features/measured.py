@@ -6,12 +6,12 @@
 __all__ = ['VOLUMES', 'MEASURED', 'VOLUME_ROLES', 'PYRADIOMICS_VOLUME', 'has_masks', 'baseline_masks', 'mask_features_of',
            'lesions_of_cohort', 'with_measured_volumes', 'volume_column']
 
-# %% ../../nbs/19_measured.ipynb #b1358d2b
+# %% ../../nbs/19_measured.ipynb #9fb2ccfe
 import re
 import warnings
 from dataclasses import replace
 
-from ..cohort import CohortColumn
+from ..cohort import CohortColumn, fingerprint_of
 from .lesions import features_of_cohort, lesion_table
 from ..tables import listed
 
@@ -31,7 +31,7 @@ def baseline_masks(cohort):
     rows = cohort.images[(cohort.images.sequence == "mask") & cohort.images.sample_id.isin(cohort.samples.sample_id)]
     return rows.sort_values(["patient_id", "session", "sample_id"]).drop_duplicates("patient_id")
 
-# %% ../../nbs/19_measured.ipynb #47c95cad
+# %% ../../nbs/19_measured.ipynb #36e41885
 def mask_features_of(cohort, atlas=None, n_workers=1, progress=False):
     "One row a patient with the features of the first mask, and notices about masks that could not be measured."
     with warnings.catch_warnings():
@@ -58,7 +58,7 @@ def with_measured_volumes(cohort, atlas=None, n_workers=1, progress=False):
     columns = tuple(c for c in cohort.columns if c.name in samples and c.name not in names) + tuple(
         CohortColumn(n, "number", "ml" if n.endswith("_ml") else "", MEASURED[n], "largest_lesion_ml" if n == "largest_lesion_ml" else "", VOLUMES, "mask") for n in names)
     notices = [f"Volumes were measured from the masks: {listed(names, 12)}." + (f" The table's own were not used: {listed(stated, 12)}." if stated else "")] + notices
-    return replace(cohort, samples=samples, columns=columns), notices
+    return replace(cohort, samples=samples, columns=columns, fingerprint=fingerprint_of(samples, cohort.manifest)), notices
 
 # %% ../../nbs/19_measured.ipynb #8aafbefa
 VOLUME_ROLES = ("enhancing_volume_ml", "tumor_volume_ml", "largest_lesion_ml")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'LEAST_SHARE', 'FEWEST_EVENTS_PER_COLUMN', 'NOT_ESTIMABLE', 'ORACLES', 'ClinicalConfig', 'clinical_config',
-           'Plan', 'score_roles', 'score_plans', 'lacking_text', 'varying_columns', 'make_plans', 'curve_days',
-           'encode_fold', 'fit_plan', 'score_rows', 'FitFold', 'make_folds', 'hazard_table', 'load_for_study',
-           'prepare', 'oracle_of', 'joined_notices', 'dropped_columns', 'evaluate_run', 'write_summary', 'write_tables',
-           'run_clinical', 'summary_text']
+           'Plan', 'score_roles', 'score_plans', 'score_text', 'lacking_text', 'varying_columns', 'make_plans',
+           'curve_days', 'encode_fold', 'fit_plan', 'score_rows', 'FitFold', 'make_folds', 'hazard_table',
+           'load_for_study', 'prepare', 'oracle_of', 'joined_notices', 'dropped_columns', 'evaluate_run',
+           'write_summary', 'write_tables', 'run_clinical', 'summary_text']
 
-# %% ../../nbs/60_clinical.ipynb #8f84ab23
+# %% ../../nbs/60_clinical.ipynb #92214fe2
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..cohort import load_cohort, problem_table, refuse_fatal
 from ..evaluate.metrics import DAYS_PER_MONTH, evaluate_survival
 from ..features.clinical import Column, fit_encoder, fit_reducer
 from ..features.measured import VOLUMES, has_masks, volume_column, with_measured_volumes
-from ..features.scores import COMPOSITES, INPUTS, score_table, why_not
+from ..features.scores import COMPOSITES, EVIDENCE, INPUTS, SCORES, find_score, score_table, why_not
 from ..models.baselines import choose_alpha, fit_cox, fit_forest, save_model
 from ..phantom import oracle_scores
 from ..runs import configure, now, open_run
@@ -76,7 +76,7 @@ class Plan:
     roles: dict = None    # of a score: input name to column
     text: str = ""
 
-# %% ../../nbs/60_clinical.ipynb #5add2f25
+# %% ../../nbs/60_clinical.ipynb #a43e8ea1
 def score_roles(cohort):
     "Roles that are inputs of clinical scores: input name to column."
     return {role: name for role, name in cohort.roles.items() if role in INPUTS}
@@ -94,9 +94,16 @@ def score_plans(cohort):
             missing.append((key, f"not computable: {error}"))
             continue
         n, total = int(table.computable.sum()), len(table)
-        if n >= LEAST_SHARE*total: plans.append(Plan(key, "score", key=key, roles=roles, text=f"clinical score, nothing fitted; computable for {n} of {total} samples"))
+        if n >= LEAST_SHARE*total: plans.append(Plan(key, "score", key=key, roles=roles, text=f"{score_text(key)}; nothing fitted; computable for {n} of {total} samples"))
         else: missing.append((key, f"not computable for {total - n} of {total} samples: {lacking_text(key, roles, table)}"))
     return plans, missing
+
+
+def score_text(key):
+    "Name, year, source and grade of evidence of a score; a composite names the grades of all its tables."
+    score = find_score(key)
+    grades = sorted({SCORES[v].evidence for _, v in score.versions}) if key in COMPOSITES else [score.evidence]
+    return f"{score.name} ({score.year}; {score.source}; evidence: {' or '.join(grades)})"
 
 
 def lacking_text(key, roles, table):
@@ -106,7 +113,7 @@ def lacking_text(key, roles, table):
     counts = table.missing.explode().value_counts()
     return f"missing {listed(f'{name} ({n})' for name, n in counts.items())}" if len(counts) else "no table for these primaries"
 
-
+# %% ../../nbs/60_clinical.ipynb #befee29a
 def varying_columns(cohort):
     "Columns with at least two values, and a notice that names the others. A constant says nothing in any fold."
     constant = [c.name for c in cohort.columns if cohort.samples[c.name].nunique() < 2]
@@ -286,7 +293,7 @@ def dropped_columns(run, names):
             for column, reason in read_json(path)["dropped"].items(): dropped.setdefault((column, reason), []).append(member)
     return [{"column": c, "reason": r, "folds": len(m)} for (c, r), m in dropped.items()]
 
-# %% ../../nbs/60_clinical.ipynb #d16b646b
+# %% ../../nbs/60_clinical.ipynb #e1b381c8
 def evaluate_run(run, predictions, cohort, config):
     "Metrics of all models, written as csv and JSON."
     unit = "sample" if cohort.manifest.outcome.level == "lesion" else "patient"
@@ -304,13 +311,13 @@ def write_summary(run, cohort, plans, missing, notices, folds):
               "n_patients_with_event": int(samples.groupby("patient_id").event.any().sum()), "median_time_days": float(samples.time_days.median())}
     members = sorted(p.parent.name for p in run.path("members").glob("*/done.json"))
     facts = {"study": "clinical", "cohort": cohort.manifest.cohort.model_dump(), "outcome": outcome.model_dump(), "counts": counts, "notices": notices,
-             "not_computable": [{"model": m, "reason": r} for m, r in missing], "models": [{"model": p.name, "what": p.text, "n_columns": len(p.columns)} for p in plans],
+             "not_computable": [{"model": m, "reason": r} for m, r in missing], "evidence_grades": EVIDENCE, "models": [{"model": p.name, "what": p.text, "n_columns": len(p.columns)} for p in plans],
              "dropped_columns": dropped_columns(run, members), "oracle": oracle_of(cohort), "n_folds": folds.groupby("repeat").fold.nunique().max(),
              "flow": [vars(step) for step in cohort.flow]}
     write_json(run.path("summary.json"), facts)
     run.note(fitted_on=[{"member": m, **run.done_facts(m)} for m in members])
 
-# %% ../../nbs/60_clinical.ipynb #6519a65c
+# %% ../../nbs/60_clinical.ipynb #cf5fb782
 def write_tables(run, cohort, folds):
     "The tables of the run that do not depend on a model: problems, folds, hazard ratios. Returns notices."
     write_table(run.path("problems.csv"), problem_table(cohort.problems))
@@ -329,8 +336,8 @@ def run_clinical(manifest, # path of a manifest, or a Manifest
                  n_workers=1, progress=False):
     "Run the clinical study; a run that was stopped goes on. Returns the `Run`."
     cohort = load_for_study(manifest, data_dir, settings)
-    asked = {"study": {"name": "clinical", **asdict(config)}, "cohort": {"name": cohort.manifest.cohort.name, "fingerprint": cohort.fingerprint}, "settings": settings or {}}
     cohort, notices = prepare(cohort, config, n_workers, progress)
+    asked = {"study": {"name": "clinical", **asdict(config)}, "cohort": {"name": cohort.manifest.cohort.name, "fingerprint": cohort.fingerprint}, "settings": settings or {}}
     columns, constant = varying_columns(cohort)
     cohort, notices = replace(cohort, columns=columns), notices + constant
     plans, missing = make_plans(cohort)
