@@ -141,3 +141,13 @@ def test_readme_is_generated_from_the_index():
 def test_every_notebook_is_in_the_sidebar():
     sidebar = (ROOT/"nbs"/"sidebar.yml").read_text()
     assert [n.name for n in NUMBERED if n.name not in sidebar] == []
+
+
+@pytest.mark.parametrize("notebook", NUMBERED, ids=lambda p: p.stem)
+def test_imports_stand_in_cells_of_their_own(notebook):
+    "nbdev runs cells with imports when it makes the docs: code beside them would run without what comes before."
+    for source in code(notebook):
+        try: body = ast.parse(source).body
+        except SyntaxError: continue
+        is_import = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
+        assert all(is_import) or not any(is_import), source[:200]
