@@ -9,12 +9,13 @@ __all__ = ['RESERVED', 'METHODS', 'HIGH_VIF', 'SKEWED', 'check_covariates', 'sta
            'variance_inflation', 'vif_table', 'missingness_table', 'missing_patterns', 'missingness_figure',
            'volume_columns', 'volumes_figure', 'volume_table', 'lesion_counts']
 
-# %% ../nbs/67_covariates.ipynb #4cc34be7
+# %% ../nbs/67_covariates.ipynb #ff9ba6ec
 import textwrap
 import warnings
 
 import numpy as np
 import pandas as pd
+import seaborn
 from scipy.stats import skew
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
@@ -205,7 +206,7 @@ def correlation_table(samples:pd.DataFrame, # one row for each patient; of sever
     values = patients[list(numeric)].apply(pd.to_numeric, errors="coerce").astype(float)
     return values.corr(method=method, min_periods=3)
 
-# %% ../nbs/67_covariates.ipynb #5e30f708
+# %% ../nbs/67_covariates.ipynb #6949df26
 def correlation_figure(correlations:pd.DataFrame, # of `correlation_table`
                        title:str="" # above the map
                       ): # Figure
@@ -213,20 +214,16 @@ def correlation_figure(correlations:pd.DataFrame, # of `correlation_table`
     n = len(correlations)
     side = float(np.clip(1.7 + 0.62*n, 3.4, 9.6))
     figure, ax = new_figure(side + 0.6, side)
-    image = ax.imshow(correlations.to_numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-    size = 9.5 if n <= 10 else max(5.5, 95/n)
-    for i in range(n):
-        for j in range(n):
-            r = correlations.iat[i, j]
-            text = "–" if np.isnan(r) else f"{r:.2f}" if n <= 14 else f"{r:.1f}"
-            ax.text(j, i, text, ha="center", va="center", fontsize=size, color="white" if abs(r) > 0.6 else INK)
+    texts = correlations.map(lambda r: "–" if np.isnan(r) else f"{r:.2f}" if n <= 14 else f"{r:.1f}")
+    seaborn.heatmap(correlations.fillna(0.0), annot=texts, fmt="", cmap="RdBu_r", vmin=-1, vmax=1, square=True, ax=ax,
+                    annot_kws={"fontsize": 9.5 if n <= 10 else max(5.5, 95/n)}, cbar_kws={"shrink": 0.8, "ticks": [-1, -0.5, 0, 0.5, 1]})
     names = [textwrap.fill(str(name).replace("_", " "), 16) for name in correlations.columns]
-    ax.set_xticks(range(n), names, rotation=90 if n > 3 else 0, fontsize=9.5)
-    ax.set_yticks(range(n), names, fontsize=9.5)
-    ax.spines[:].set_visible(False)
+    ax.set_xticklabels(names, rotation=90 if n > 3 else 0, fontsize=9.5)
+    ax.set_yticklabels(names, rotation=0, fontsize=9.5)
+    ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0)
     ax.set_title(title, loc="left", fontsize=10.5)
-    figure.colorbar(image, ax=ax, shrink=0.8, ticks=[-1, -0.5, 0, 0.5, 1]).ax.tick_params(labelsize=9)
+    figure.axes[-1].tick_params(labelsize=9)
     return figure
 
 # %% ../nbs/67_covariates.ipynb #c2083e6e
