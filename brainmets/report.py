@@ -83,7 +83,7 @@ def cohort_section(results):
 def split_section(results):
     "How patients were split."
     counts = results.folds.astype({c: int for c in ("n_patients", "n_samples", "n_events") if c in results.folds}, errors="ignore")
-    text = (f"Patients are split, never samples: {results.summary['n_folds']} folds, each patient is in the test part once. Imputation, scaling, selection and the "
+    text = (f"Patients are split, never samples: {results.summary['n_folds']} folds, each patient is in the test part once a repeat. Imputation, scaling, selection and the "
             "penalty are fitted on the training patients of a fold, the penalty by an inner cross-validation among them.")
     return Section("Split", (Paragraph(text), Details("Folds and partitions", (Table(counts, "Patients, samples and events of each part"),))))
 
