@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'SAMPLE', 'ALL_FOLDS', 'UNITS', 'CENSORING', 'prediction_columns', 'merge_rows', 'to_patients', 'model_table',
            'check_rows', 'evaluated_rows', 'training_outcomes', 'Sheet', 'fold_keys', 'by_fold', 'own_free',
-           'make_sheet', 'outcome_of', 'over_repeats', 'harrell_over', 'fold_estimates', 'mean_of_folds',
+           'make_sheet', 'outcome_of', 'over_repeats', 'harrell_over', 'pairs_of', 'fold_estimates', 'mean_of_folds',
            'harrell_estimates', 'free_at', 'sheet_problem', 'sheet_tau', 'no_value', 'uno_estimate', 'auc_estimate',
            'Gain', 'sheet_terms', 'reference_terms', 'terms_mean', 'brier_estimates', 'brier_grid',
            'integrated_estimates', 'model_estimates', 'evaluate_survival', 'Difference', 'same_units', 'two_sided',
@@ -13,7 +13,7 @@ __all__ = ['KEYS', 'SAMPLE', 'ALL_FOLDS', 'UNITS', 'CENSORING', 'prediction_colu
            'choose_tau', 'harrell_c', 'integrated_brier', 'patient_bootstrap', 'survival_matrix', 'survival_outcome',
            'time_dependent_auc', 'uno_c']
 
-# %% ../../nbs/32_metrics.ipynb #89dd60af
+# %% ../../nbs/32_metrics.ipynb #0d68933b
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
@@ -23,7 +23,7 @@ import pandas as pd
 from .bootstrap import (Average, RowMean, auc_ratio, draws_of, harrell_ratio, patient_bootstrap,
                                           uno_ratio)
 from .measures import (DAYS_PER_MONTH, HORIZONS_DAYS, Brier, CIndex, Estimate, Truncation, brier_score,
-                                         brier_terms, censoring_survival, check_risk, choose_tau, follow_up_problem,
+                                         brier_terms, censoring_survival, check_risk, comparable_partners, choose_tau, follow_up_problem,
                                          harrell_c, horizon_name, integrated_brier, integrated_terms, kaplan_meier_at,
                                          survival_at, survival_matrix, survival_outcome, time_dependent_auc, uno_c)
 from ..tables import DataError, check_columns, check_predictions, listed, survival_columns
@@ -193,7 +193,7 @@ def harrell_over(rows, within=False): # within: only pairs of the same fold
     outcome, risk, fold = outcome_of(rows), rows["risk"].to_numpy(float), rows["fold"].to_numpy()
     return over_repeats(rows, lambda at, code: harrell_ratio(outcome[at], risk[at], code[at], fold[at] if within else None))
 
-# %% ../../nbs/32_metrics.ipynb #fa1343a8
+# %% ../../nbs/32_metrics.ipynb #5e0ebc13
 def _say(*parts):
     "Join the parts of a method or a note that are not empty."
     return "; ".join(filter(None, parts))
@@ -205,10 +205,16 @@ def _repeats(rows):
     return f"mean of {n} repeats" if n > 1 else ""
 
 
+def pairs_of(rows):
+    "The number of comparable pairs."
+    outcome = outcome_of(rows)
+    return int(comparable_partners(outcome, outcome["event"]).sum())
+
+
 def fold_estimates(rows, boot):
     "Harrell's C of each fold alone: pairs of scope and estimate."
     for (repeat, fold), part in rows.groupby(KEYS):
-        pairs = harrell_c(part["time_days"], part["event"], part["risk"]).comparable
+        pairs = pairs_of(part)
         scope = f"repeat {repeat}, fold {fold}" if _repeats(rows) else f"fold {fold}"
         yield scope, patient_bootstrap(part, harrell_over(part), on="counts", metric="Harrell C", method="Harrell 1982",
                                        note=f"{pairs} comparable pairs", reason="no comparable pair in this fold", **boot)
@@ -218,17 +224,17 @@ def mean_of_folds(rows, boot):
     "The mean of the folds' C, folds without a comparable pair left out."
     code, outcome, risk = pd.factorize(rows["patient_id"])[0], outcome_of(rows), rows["risk"].to_numpy(float)
     parts = tuple(harrell_ratio(outcome[at], risk[at], code[at]) for at in rows.groupby(KEYS).indices.values())
-    empty = sum(not part.weight.any() for part in parts)
+    empty = sum(not part.has_pairs for part in parts)
     return patient_bootstrap(rows, Average(parts, skip_nan=True), on="counts", metric="Harrell C",
                              method=f"Harrell 1982, mean of {len(parts) - empty} folds", reason="no fold has a comparable pair",
                              note=f"{empty} folds without a comparable pair left out" if empty else "", **boot)
 
-# %% ../../nbs/32_metrics.ipynb #2d5c5fd5
+# %% ../../nbs/32_metrics.ipynb #9c1950de
 def harrell_estimates(sheet, # from `make_sheet`
-                      boot): # n_resamples, seed, level of the bootstrap
+                      boot): # n_resamples, seed, level and interval of the bootstrap
     "Harrell's C in its readings: pairs of scope and estimate."
     rows, joined = sheet.rows, sheet.joined
-    pairs = [harrell_c(p["time_days"], p["event"], p["risk"]).comparable for _, p in joined.groupby("repeat")]
+    pairs = [pairs_of(part) for _, part in joined.groupby("repeat")]
     note = _say(f"{pairs[0]} comparable pairs", _repeats(rows), "" if joined is rows else "mean risk of the folds' models")
     common = dict(on="counts", metric="Harrell C", note=note, **boot)
     yield "pooled", patient_bootstrap(joined, harrell_over(joined), method="Harrell 1982, all pairs", **common,
@@ -371,7 +377,7 @@ def integrated_estimates(sheet, times, matrix, boot):
     note = "" if problem else f"grid of {len(grid)} times, {grid[0]:g} to {grid[-1]:g} days"
     yield from _brier_trio(sheet, "integrated Brier", model, reference, boot, note, (problem, no_curve))
 
-# %% ../../nbs/32_metrics.ipynb #aa5e07c9
+# %% ../../nbs/32_metrics.ipynb #7d320546
 def model_estimates(sheet, horizons_days, boot):
     "All metrics of one model: pairs of scope and estimate."
     yield from harrell_estimates(sheet, boot)
@@ -389,9 +395,10 @@ def evaluate_survival(predictions,             # the predictions table, training
                       n_resamples=1000, seed=0, level=0.95,
                       partition="test",        # 'test' or 'external'
                       censoring=None,          # 'train', 'evaluated', or None: 'evaluated' for external rows, else 'train'
-                      how="mean"):             # how samples become a patient: 'mean' or 'worst'
+                      how="mean",              # how samples become a patient: 'mean' or 'worst'
+                      interval="percentile"):  # or 'bca'
     "Metrics of every model with intervals over patients; what cannot be computed is NaN with a reason."
-    boot, frames = dict(n_resamples=n_resamples, seed=seed, level=level), []
+    boot, frames = dict(n_resamples=n_resamples, seed=seed, level=level, interval=interval), []
     for model in check_predictions(predictions)["model"].astype(str).unique():
         sheet = make_sheet(predictions, model, partition, unit, censoring, how)
         frames += [dict(model=model, scope=scope, partition=partition, unit=unit, **asdict(found))
