@@ -87,7 +87,7 @@ def percentile_interval(values, level): # resampled statistics without NaN; cove
     "The two ends that cut off the same share of `values` on both sides."
     return tuple(np.quantile(values, [(1 - level)/2, (1 + level)/2]).tolist())
 
-# %% ../../nbs/31_bootstrap.ipynb #365dbe16
+# %% ../../nbs/31_bootstrap.ipynb #a557e1f3
 def _values_on_tables(table, code, statistic, counts):
     "The statistic on a real table for each resample: rows repeated as often as their patient was drawn."
     rows = (np.repeat(np.arange(len(code)), count[code].astype(int)) for count in counts)
@@ -104,9 +104,9 @@ def strata_of(table, stratify): # stratify: a column, or None
     return pd.factorize(values.astype(str).groupby(code).agg(lambda v: " ".join(sorted(set(v)))), sort=True)[0]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _draws(strata, n_resamples, seed): # strata: bytes of int64
-    "The draws of the last call, which the metrics of one table share."
+    "The draws of the last calls, which the metrics of one table share."
     counts = draw_counts(np.frombuffer(strata, np.int64), n_resamples, seed)
     counts.flags.writeable = False
     return counts

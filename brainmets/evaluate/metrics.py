@@ -335,13 +335,13 @@ def terms_mean(sheet, terms):
     "The mean of row terms as a statistic, averaged over repeats."
     return over_repeats(sheet.joined, lambda at, code: RowMean(code[at], terms[at]))
 
-# %% ../../nbs/32_metrics.ipynb #6ba616eb
+# %% ../../nbs/32_metrics.ipynb #6721e34b
 def _brier_trio(sheet, name, model, reference, boot, note, reasons):
     "Score, reference and index as three estimates; a statistic of None has a reason instead."
     gain = Gain(model, reference) if model and reference else None
     for metric, statistic, reason in [(f"{name}", model, reasons[0]), (f"{name} of Kaplan-Meier", reference, reasons[1]),
                                       (name.replace("Brier", "IPA"), gain, reasons[0] or reasons[1])]:
-        yield "pooled", patient_bootstrap(sheet.joined, statistic or no_value, on="counts", metric=metric, reason=reason, **boot,
+        yield "pooled", patient_bootstrap(sheet.joined, statistic or no_value, on="counts", metric=metric, reason=reason, stratify=None, **boot,
                                           method=f"Graf 1999, mean over rows, {sheet.source}", note=_say(note, _repeats(sheet.joined)))
 
 
