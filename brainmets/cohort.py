@@ -213,18 +213,19 @@ def parse_times(raw, ids, manifest, problems):
         problems.append(Problem("fatal", code, patient, where, what, "mend the cell, or add an [[exclude]] rule with a reason"))
     return values.where(values >= 0)*outcome.days_factor
 
-# %% ../nbs/03_cohort.ipynb #e488b223
-def parse_events(raw, ids, manifest, problems):
+# %% ../nbs/03_cohort.ipynb #de67224c
+def parse_events(raw, ids, manifest, problems, column=None): # column: None is that of the event; another has the same coding
     "Events as True/False/None, with every cell outside the coding reported. Never imputed."
     outcome, table = manifest.outcome, manifest.table
-    cells = raw.loc[ids.index, outcome.event]
+    column = column or outcome.event
+    cells = raw.loc[ids.index, column]
     coding = {**{v: True for v in outcome.happened}, **{v: False for v in outcome.censored}}
     events = cells.map(coding).astype(object).where(cells.isin(coding.keys()), None)
     for row in ids.index[~cells.isin(coding.keys())]:
         absent = cells[row] in ("", *table.missing)
         what = f"no event in row {row}; it is never imputed" if absent else \
             f"event '{cells[row]}' in row {row}; the coding knows happened {list(outcome.happened)} and censored {list(outcome.censored)}"
-        problems.append(Problem("fatal", "event-missing" if absent else "event-coding", ids.patient_id[row], f"{table.file}: {outcome.event}", what,
+        problems.append(Problem("fatal", "event-missing" if absent else "event-coding", ids.patient_id[row], f"{table.file}: {column}", what,
                                 "mend the cell or the coding, or add an [[exclude]] rule with a reason"))
     return events
 
@@ -481,7 +482,7 @@ class Cohort:
         "Names of input columns, of one kind (number, category, flag) or one group."
         return [c.name for c in self.columns if (kind is None or c.kind == kind) and (group is None or c.group == group)]
 
-# %% ../nbs/03_cohort.ipynb #12cf310d
+# %% ../nbs/03_cohort.ipynb #8d9440ba
 def _open_questions(manifest, raw, problems):
     "One fatal problem for each '?' of the manifest, with the headers that the table has."
     headers = listed(raw.columns, 60)
@@ -497,7 +498,9 @@ def _parse_outcome(raw, ids, manifest, problems):
     times = parse_times(raw, ids, manifest, problems)
     question_unit(times, manifest, problems)
     parsed = {"time_days": times, "event": parse_events(raw, ids, manifest, problems)}
-    if manifest.outcome.competing_death: parsed["competing_death"] = raw.loc[ids.index, manifest.outcome.competing_death]
+    if manifest.outcome.competing_death:
+        died = parse_events(raw, ids, manifest, problems, manifest.outcome.competing_death)
+        parsed["competing_death"] = died.eq(True) & ~parsed["event"].eq(True)   # death after the event is no competitor
     return parsed
 
 # %% ../nbs/03_cohort.ipynb #6ef1702f
