@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PARAGRAPH', 'HEADING', 'NOTICE_WORDS', 'NOTICE', 'TABLE', 'PALETTE', 'INK', 'FAINT', 'FIGURE_DPI', 'FIGURE',
-           'KEY_VALUES', 'FLOW', 'DETAILS', 'COLUMNS', 'COLOURS', 'TEXT_STYLE', 'BLOCK_STYLE', 'FLOW_STYLE',
+           'KEY_VALUES', 'LINKS', 'FLOW', 'DETAILS', 'COLUMNS', 'COLOURS', 'TEXT_STYLE', 'BLOCK_STYLE', 'FLOW_STYLE',
            'PRINT_STYLE', 'PAGE_STYLE', 'PAGE', 'NOTICE_ORDER', 'page_template', 'Paragraph', 'Heading', 'Notice',
            'is_missing', 'column_decimals', 'cell_text', 'Table', 'plain_axes', 'new_figure', 'figure_png',
-           'FigureBlock', 'KeyValues', 'FlowStage', 'FlowBox', 'Details', 'Columns', 'blocks_html', 'figure_blocks',
-           'Section', 'section_anchors', 'render_page', 'write_page']
+           'FigureBlock', 'KeyValues', 'Links', 'FlowStage', 'FlowBox', 'Details', 'Columns', 'blocks_html',
+           'figure_blocks', 'Section', 'section_anchors', 'render_page', 'write_page']
 
-# %% ../nbs/08_pages.ipynb #f42f0221
+# %% ../nbs/08_pages.ipynb #a79aca19
 import base64
 import io
 import re
@@ -25,7 +25,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from .tables import DataError, suggestion, write_bytes, write_text
+from .tables import DataError, listed, suggestion, write_bytes, write_text
 
 # %% ../nbs/08_pages.ipynb #c6c3d6de
 def page_template(source:str # Jinja2 source
@@ -253,6 +253,24 @@ def html(self:KeyValues):
     "A list of names and values."
     def text(value): return cell_text(value, column_decimals(pd.Series([value])) if _is_number(value) else None)
     return Markup(KEY_VALUES.render(items=[(str(key), text(value)) for key, value in self.values.items()]))
+
+# %% ../nbs/08_pages.ipynb #c66b0699
+@dataclass(frozen=True, eq=False)
+class Links:
+    "Files beside the page."
+    targets: dict # text to relative path
+
+    def __post_init__(self):
+        outside = [path for path in self.targets.values() if ":" in path or path.startswith(("/", "\\")) or ".." in path.split("/")]
+        if outside: raise DataError(f"Links lead outside the page's folder: {listed(outside)}. Expected relative paths below it.")
+
+LINKS = page_template("""<p class="links">{% for text, path in items %}<a href="{{ path }}">{{ text }}</a>{% if not loop.last %} · {% endif %}{% endfor %}</p>
+""")
+
+@patch
+def html(self:Links):
+    "The links in one line."
+    return Markup(LINKS.render(items=list(self.targets.items())))
 
 # %% ../nbs/08_pages.ipynb #12724b46
 @dataclass(frozen=True, eq=False)
