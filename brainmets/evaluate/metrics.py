@@ -46,7 +46,7 @@ def _one_outcome(groups, table, by):
             raise DataError(f"{name} differs between rows of one {by[-1]}, for patients {listed(ids)}. Expected one outcome. "
                             "Remedy: where each sample has its own outcome, evaluate with unit='sample'.")
 
-# %% ../../nbs/32_metrics.ipynb #25ebd1af
+# %% ../../nbs/32_metrics.ipynb #1f939a54
 def merge_rows(table, # predictions
                by,    # columns that name a group; one row is left of each
                how="mean"): # 'mean', or 'worst': highest risk, shortest time, lowest curve
@@ -55,12 +55,14 @@ def merge_rows(table, # predictions
     columns = prediction_columns(table)
     if how == "worst" and any(c.startswith("prob_") for c in columns):
         raise DataError("how='worst' has no meaning for class probabilities. Remedy: how='mean'.")
-    groups = table.groupby(table.groupby(by, sort=False, dropna=False).ngroup().to_numpy())
+    number = table.groupby(by, sort=False, dropna=False).ngroup().to_numpy()
+    if len(np.unique(number)) == len(table): return table.reset_index(drop=True)   # nothing to merge
+    groups = table.groupby(number)
     _one_outcome(groups, table, by)
     merged = groups.head(1).reset_index(drop=True)
     if not columns: return merged
-    ways = {c: "mean" if how == "mean" else "max" if c == "risk" else "min" for c in columns}
-    merged[columns] = groups[columns].agg(ways).where(groups[columns].count().eq(groups.size(), axis=0)).to_numpy()
+    ways = {c: "max" if c == "risk" else "min" for c in columns}
+    merged[columns] = (groups[columns].mean() if how == "mean" else groups[columns].agg(ways)).where(groups[columns].count().eq(groups.size(), axis=0)).to_numpy()
     return merged
 
 
