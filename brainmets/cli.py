@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'STUDIES', 'PLANNED', 'NOT_BUILT', 'CORES', 'MANIFEST', 'DATA', 'SET', 'WORKERS', 'SEED', 'VERBS',
-           'wrapped_table', 'say', 'settings_of', 'do_phantom', 'do_check', 'do_describe', 'do_run', 'do_report',
-           'do_demo', 'do_not_built', 'Verb', 'argument', 'build_parser', 'main']
+           'wrapped_table', 'say', 'settings_of', 'do_phantom', 'do_check', 'do_describe', 'do_run', 'do_evaluate',
+           'do_audit', 'do_report', 'do_demo', 'do_not_built', 'Verb', 'argument', 'build_parser', 'main']
 
-# %% ../nbs/71_cli.ipynb #710141e5
+# %% ../nbs/71_cli.ipynb #12dfd551
 import argparse
 import os
 import shutil
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import brainmets
-from .tables import DataError, listed, suggestion, write_table
+from .tables import DataError, listed, read_table, suggestion, write_table
 
 # %% ../nbs/71_cli.ipynb #388cddcd
 def wrapped_table(table, # DataFrame of text
@@ -91,7 +91,7 @@ def do_describe(options):
     say(f"{cohort.manifest.cohort.name}: described {cohort.n_patients} patients: {describe_cohort(cohort, options.out, lesions)}")
     return 0
 
-# %% ../nbs/71_cli.ipynb #f0981879
+# %% ../nbs/71_cli.ipynb #34a3c176
 STUDIES = {"clinical": "baselines: Cox, survival forest, volume, clinical scores"}
 PLANNED = {"hybrid": "hybrid regression (system A)", "classes": "survival classes (system B)", "vit-cox": "vision transformer with the Cox loss (system C)",
            "ssl": "self-supervised pretraining (system D)", "radionecrosis": "radiation necrosis or progression (system D)"}
@@ -106,11 +106,49 @@ def do_run(options):
     own = {k.removeprefix("study."): settings.pop(k) for k in list(settings) if k.startswith("study.")}
     run = run_clinical(options.manifest, options.data, options.out, clinical_config(options.preset, **{"seed": options.seed, **own}), settings,
                        n_workers=options.workers, progress=sys.stderr.isatty())
+    from brainmets.audit import read_audit
+    from brainmets.checklists import write_checklists
     from brainmets.report import write_report
+    checklists, audit = write_checklists(run.folder), read_audit(run.folder)
     report = write_report([run.folder], run.path("report.html"))
     say(summary_text(run))
-    say(f"\nReport: {report}")
-    return 0
+    say(f"\nAudit: {audit.verdict}\nChecklists: {checklists}\nReport: {report}")
+    return 1 if audit.is_void else 0
+
+# %% ../nbs/71_cli.ipynb #b53f0365
+def do_evaluate(options):
+    "Metrics of anybody's predictions."
+    from brainmets.audit import audit_predictions, write_audit
+    from brainmets.evaluation import EvaluationConfig, evaluate, read_predictions, write_evaluation
+    from brainmets.results_pages import Shown, audit_notices, audit_section, write_evaluation_page
+    from brainmets.runs import configure
+    settings = {k: str(v) if k == "threshold" else v for k, v in settings_of(options.set).items()}
+    config = configure(EvaluationConfig, {"unit": options.unit, "seed": options.seed, "positive": options.positive or "", **settings})
+    predictions, notes = read_predictions(options.predictions)
+    samples = read_table(options.samples) if options.samples else None
+    columns = [c for c in options.subgroups.split(",") if c] if options.subgroups else []
+    found = evaluate(predictions, config, samples, columns, notes)
+    audit, out = audit_predictions(options.predictions), Path(options.out)
+    write_evaluation(found, out)
+    write_audit(audit, out)
+    page = write_evaluation_page(Shown(Path(options.predictions).stem, found), out/"evaluation.html", audit_notices(audit), [audit_section(audit)])
+    shown = found.metrics[found.metrics["scope"] == "pooled"].round(3)[["model", "metric", "estimate", "low", "high", "n_patients", "n_events"]].dropna(subset="estimate")
+    say(shown.head(SHOWN).to_string(index=False))
+    say(f"\nAudit: {audit.verdict}\nAll metrics: {out/'metrics.csv'}\nPage: {page}")
+    return 1 if audit.is_void else 0
+
+
+def do_audit(options):
+    "Leakage and validity of a run, of predictions, or of printed counts."
+    from brainmets.audit import audit_counts, audit_predictions, audit_run, write_audit
+    if (options.counts is None) == (options.what is None): raise DataError("Expected a run folder or a csv of predictions, or --counts with --per-patient.")
+    if options.counts is not None:
+        if not options.per_patient: raise DataError("--counts needs --per-patient: how many rows one patient has, such as --counts 64231 13765 13764 --per-patient 620.")
+        audit = audit_counts(options.counts, options.per_patient, options.per_volume)
+    else: audit = audit_run(options.what) if Path(options.what).is_dir() else audit_predictions(options.what)
+    say(audit.text())
+    if options.out: say(f"\nWritten: {write_audit(audit, options.out)}")
+    return 1 if audit.is_void else 0
 
 # %% ../nbs/71_cli.ipynb #efe062c6
 def do_report(options):
@@ -138,9 +176,9 @@ def do_demo(options):
     say(f"\nThe report of the demo: {write_report([out/'run'], out/'report.html')}")
     return 0
 
-# %% ../nbs/71_cli.ipynb #87696772
+# %% ../nbs/71_cli.ipynb #e4f56744
 NOT_BUILT = {"preprocess": "from scanner to atlas", "radiomics": "PyRadiomics features", "predict": "predictions of a stored run for other patients",
-             "evaluate": "metrics for anybody's predictions", "audit": "leakage and validity", "explain": "saliency and importance"}
+             "explain": "saliency and importance"}
 
 
 def do_not_built(options):
@@ -167,7 +205,7 @@ SET = argument("--set", action="append", metavar="KEY=VALUE", help="lay a value 
 WORKERS = argument("--workers", type=int, default=min(2, CORES), metavar="N", help="worker processes (default: %(default)s)")
 SEED = argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 
-# %% ../nbs/71_cli.ipynb #2a2a25a1
+# %% ../nbs/71_cli.ipynb #e3329e53
 VERBS = (
     Verb("demo", do_demo, "The main job on the phantom cohort; ends in DIR/report.html.", "brainmets demo --out demo",
          (argument("--out", required=True, metavar="DIR", help="folder for everything"), argument("--patients", type=int, default=120, metavar="N", help="patients of the phantom (default: %(default)s)"),
@@ -187,6 +225,18 @@ VERBS = (
           argument("--set", action="append", metavar="KEY=VALUE", help="lay a value over the manifest (outcome.unit=days) or over the settings of the study (study.n_folds=10, study.split=leave-one-center-out); may be repeated"),
           argument("--preset", default="quick", metavar="quick|paper", help="settings of the study (default: %(default)s)"),
           argument("--out", required=True, metavar="RUN", help="run folder"), SEED, WORKERS)),
+    Verb("evaluate", do_evaluate, "All metrics of anybody's predictions: patient_id with time_days, event and risk (or predicted_days, survival_<days>), or with label and prob_<class>.",
+         "brainmets evaluate predictions.csv --out evaluation",
+         (argument("predictions", metavar="FILE", help="csv with one row for each prediction"), argument("--out", required=True, metavar="DIR", help="folder for tables and the page"),
+          argument("--unit", choices=("patient", "sample"), default="patient", help="rows of a patient are averaged, or each has its own outcome (default: %(default)s)"),
+          argument("--positive", metavar="CLASS", help="the class to look for, when it is not clear"),
+          argument("--samples", metavar="FILE", help="csv with patient_id and covariates, for subgroups"), argument("--subgroups", metavar="A,B", help="columns of --samples"),
+          argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the evaluation, such as n_resamples=2000, interval=bca or horizon_months=12; may be repeated"), SEED)),
+    Verb("audit", do_audit, "Leakage and validity of a run, of predictions or of printed counts; exit code 1 on a finding that voids the result.",
+         "brainmets audit run\n  brainmets audit --counts 64231 13765 13764 --per-patient 620",
+         (argument("what", nargs="?", metavar="RUN|FILE", help="run folder, or csv of predictions"), argument("--counts", type=int, nargs="+", metavar="N", help="rows in each part of a split"),
+          argument("--per-patient", type=int, metavar="N", help="rows of one patient"), argument("--per-volume", type=int, metavar="N", help="rows of one volume, when it is known"),
+          argument("--out", metavar="DIR", help="folder for audit.json, audit.csv and audit.md"))),
     Verb("report", do_report, "One page for one or several runs.", "brainmets report run --out report.html",
          (argument("runs", nargs="+", metavar="RUN", help="run folders"), argument("--out", required=True, metavar="FILE", help="html file"))))
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'SPELLED', 'WANTED', 'COMPARED', 'complete', 'read_predictions', 'EvaluationConfig', 'Evaluation',
-           'is_survival', 'is_classes', 'curves_for_all', 'survival_metrics', 'class_metrics', 'on_common_samples',
-           'compare_with_reference', 'evaluate', 'decision_table', 'decisions_from', 'write_evaluation',
-           'read_evaluation']
+           'is_survival', 'is_classes', 'curves_for_all', 'survival_metrics', 'as_threshold', 'class_metrics',
+           'on_common_samples', 'compare_with_reference', 'evaluate', 'decision_table', 'decisions_from',
+           'write_evaluation', 'read_evaluation']
 
 # %% ../nbs/45_evaluation.ipynb #cfbd7b1b
 from dataclasses import asdict, dataclass
@@ -113,7 +113,7 @@ def read_predictions(path):
     if not len(table): raise DataError(f"'{path.name}' has a header and no rows. {WANTED}")
     return complete(table, path.stem)
 
-# %% ../nbs/45_evaluation.ipynb #a994ed81
+# %% ../nbs/45_evaluation.ipynb #1604c0e3
 @dataclass(frozen=True)
 class EvaluationConfig:
     "How predictions are evaluated."
@@ -125,6 +125,7 @@ class EvaluationConfig:
     horizon_months: float = 24   # of calibration and decision curves (Erdur 2025)
     reference: str = ""          # the model that all others are compared with; '': the first
     positive: str = ""           # the class to look for; '': needed only when it is not clear
+    threshold: str = "youden"    # how the threshold of a class is chosen on training rows: 'youden', 'sensitivity 0.9', 'specificity 0.9', or a number
     n_resamples: int = 1000
     seed: int = 0
     level: float = 0.95
@@ -142,7 +143,7 @@ class Evaluation:
     notes: tuple
     config: EvaluationConfig     # resolved
 
-# %% ../nbs/45_evaluation.ipynb #325d4790
+# %% ../nbs/45_evaluation.ipynb #38796861
 def _resolved(config, predictions):
     "The settings with 'auto' replaced."
     found = set(predictions["partition"])
@@ -175,10 +176,16 @@ def survival_metrics(table, config): # table: with curves
     return [*metrics, useful], decisions
 
 
+def as_threshold(text):
+    "A number where the text is one, else the rule."
+    try: return float(text)
+    except ValueError: return text
+
+
 def class_metrics(table, config):
     "Metrics and decision curves of a class label."
     shared, positive = dict(**_rows(config), **_boot(config)), config.positive or None
-    metrics, decisions = [evaluate_classification(table, positive=positive, **shared)], {}
+    metrics, decisions = [evaluate_classification(table, positive=positive, threshold=as_threshold(config.threshold), interval=config.interval, **shared)], {}
     if table["label"].nunique() <= 2:
         useful, decisions = evaluate_usefulness(table, positive=positive, **shared)
         metrics.append(useful)
@@ -213,7 +220,7 @@ def compare_with_reference(table, config):
     table = pd.concat(found).drop(columns=["p_adjusted", "adjustment", "n_comparisons"])
     return pd.concat([with_adjusted(rows, "holm") for _, rows in table.groupby("metric", sort=False)], ignore_index=True)
 
-# %% ../nbs/45_evaluation.ipynb #c1f59bbb
+# %% ../nbs/45_evaluation.ipynb #de3a717e
 def _outcome_notes(table, config):
     "Sentences on censoring and competing deaths."
     rows = table[table["partition"] == config.partition].drop_duplicates("patient_id" if config.unit == "patient" else ["patient_id", "sample_id"])
@@ -227,9 +234,11 @@ def _outcome_notes(table, config):
 def evaluate(predictions, # a predictions table; `complete` fills in what is missing
              config=EvaluationConfig(),
              samples=None,   # covariates of patients, for subgroups
-             subgroups=()):  # columns of `samples`
+             subgroups=(),   # columns of `samples`
+             notes=()):      # from `read_predictions`
     "All metrics, comparisons and subgroups that the table supports."
-    table, notes = complete(predictions)
+    table, more = complete(predictions)
+    notes = list(dict.fromkeys([*notes, *more]))
     config, metrics, decisions = _resolved(config, table), [], {}
     if is_survival(table):
         table = curves_for_all(table)

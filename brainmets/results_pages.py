@@ -6,16 +6,17 @@
 __all__ = ['HEADLINES', 'ORACLES', 'HORIZON_METRICS', 'CALIBRATION', 'Shown', 'interval_text', 'headline_table', 'metric_grid',
            'fold_table', 'not_computable', 'level_note', 'concordance_blocks', 'first_and_rest', 'km_block',
            'groups_section', 'competing_blocks', 'calibration_block', 'calibration_section', 'usefulness_section',
-           'comparisons_section', 'subgroups_section', 'regression_section', 'classes_section', 'evaluation_sections',
-           'write_evaluation_page']
+           'comparisons_section', 'subgroups_section', 'regression_section', 'drawn_or_said', 'classes_section',
+           'audit_notices', 'audit_section', 'evaluation_sections', 'write_evaluation_page']
 
-# %% ../nbs/46_results_pages.ipynb #e9a9bbb0
+# %% ../nbs/46_results_pages.ipynb #a171aeba
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .audit import kinds_table
 from .evaluate.calibration import plot_calibration
 from .evaluate.classification import class_sheet, plot_confusion, plot_precision_recall, plot_roc
 from .evaluate.classification import plot_calibration as plot_class_calibration
@@ -229,7 +230,7 @@ def subgroups_section(shown):
     figure = FigureBlock(plot_subgroups(found, model), f"Harrell C of {model} in subgroups.", f"Forest plot of the concordance of {model} in subgroups", f"subgroups-{shown.name}")
     return [Section("Subgroups", (figure, Details("Subgroup table", (Table(table, f"{model} in subgroups", note, right=("C",)),))))]
 
-# %% ../nbs/46_results_pages.ipynb #21f7a275
+# %% ../nbs/46_results_pages.ipynb #f0cad6f4
 def regression_section(shown):
     "Errors of predicted days."
     table, metrics = shown.evaluation.predictions, shown.metrics
@@ -242,6 +243,13 @@ def regression_section(shown):
     return [Section("Predicted days", (Table(metric_grid(metrics, names), "Errors in days, with intervals", level_note(shown)), *figures[:1], Details("More figures", figures[1:])))]
 
 
+def drawn_or_said(shown, model, name, draw, sheet):
+    "A figure of one model, or the reason why there is none."
+    try: figure = draw(sheet)
+    except DataError as reason: return Paragraph(f"{model}, {name}: {reason}")
+    return FigureBlock(figure, f"{model}: {name}.", f"{name} of {model}", f"{name.split()[0]}-{shown.name}-{model}")
+
+
 def classes_section(shown):
     "Scores of predicted classes."
     if not is_classes(shown.evaluation.predictions): return []
@@ -249,9 +257,26 @@ def classes_section(shown):
     for model in shown.models:
         sheet = class_sheet(shown.evaluation.predictions, model, positive=c.positive or None, **shown.rows)
         drawn = {"ROC": plot_roc, "precision and recall": plot_precision_recall, "confusion": plot_confusion} | ({"calibration": plot_class_calibration} if sheet.classes.positive else {})
-        blocks.append(Details(f"Figures of {model}", tuple(FigureBlock(draw(sheet), f"{model}: {name}.", f"{name} of {model}", f"{name.split()[0]}-{shown.name}-{model}") for name, draw in drawn.items())))
+        blocks.append(Details(f"Figures of {model}", tuple(drawn_or_said(shown, model, name, draw, sheet) for name, draw in drawn.items())))
     grid = metric_grid(shown.metrics, ~shown.metrics.metric.str.startswith(("net benefit", "interventions")))
     return [Section("Classes", (Table(grid, "Scores, with intervals", level_note(shown)), *blocks))]
+
+# %% ../nbs/46_results_pages.ipynb #4760d2da
+def audit_notices(audit): # Audit
+    "The red notice of a void result."
+    void = audit.table(["void"])
+    return [Notice("void", f"VOID. {' '.join(f'{row.code}: {row.what}.' for row in void.itertuples())} No number on this page may be used.")] if audit.is_void else []
+
+
+def audit_section(audit): # Audit
+    "What was checked, found, and asked."
+    shown, fine = audit.table(["void", "warning", "question", "note"]), audit.table(["ok"])
+    columns = ["grade", "code", "what", "remedy"]
+    idle = audit.checks.loc[audit.checks["state"] != "run", ["code", "state", "why"]]
+    return Section("Audit", (Paragraph(audit.verdict), *((Table(shown[columns], "Findings and questions"),) if len(shown) else ()),
+                             Details("Types of leakage, and what was checked of each", (Table(kinds_table(audit), "After Kapoor and Narayanan 2023"),)),
+                             *((Details(f"In order: {len(fine)}", (Table(fine[["code", "what"]], "Checks without a finding"),)),) if len(fine) else ()),
+                             *((Details(f"Not run: {len(idle)}", (Table(idle, "Checks that did not run, and why"),)),) if len(idle) else ())))
 
 # %% ../nbs/46_results_pages.ipynb #7746966e
 def evaluation_sections(shown):
