@@ -115,7 +115,7 @@ def do_run(options):
     say(f"\nAudit: {audit.verdict}\nChecklists: {checklists}\nReport: {report}")
     return 1 if audit.is_void else 0
 
-# %% ../nbs/71_cli.ipynb #b53f0365
+# %% ../nbs/71_cli.ipynb #03790c9c
 def do_evaluate(options):
     "Metrics of anybody's predictions."
     from brainmets.audit import audit_predictions, write_audit
@@ -132,7 +132,8 @@ def do_evaluate(options):
     write_evaluation(found, out)
     write_audit(audit, out)
     page = write_evaluation_page(Shown(Path(options.predictions).stem, found), out/"evaluation.html", audit_notices(audit), [audit_section(audit)])
-    shown = found.metrics[found.metrics["scope"] == "pooled"].round(3)[["model", "metric", "estimate", "low", "high", "n_patients", "n_events"]].dropna(subset="estimate")
+    pooled = found.metrics[(found.metrics["scope"] == "pooled") & ~found.metrics["metric"].str.startswith(("net benefit", "interventions"))]
+    shown = pooled.round(3)[["model", "metric", "estimate", "low", "high", "n_patients", "n_events"]].dropna(subset="estimate")
     say(shown.head(SHOWN).to_string(index=False))
     say(f"\nAudit: {audit.verdict}\nAll metrics: {out/'metrics.csv'}\nPage: {page}")
     return 1 if audit.is_void else 0
@@ -150,12 +151,13 @@ def do_audit(options):
     if options.out: say(f"\nWritten: {write_audit(audit, options.out)}")
     return 1 if audit.is_void else 0
 
-# %% ../nbs/71_cli.ipynb #efe062c6
+# %% ../nbs/71_cli.ipynb #bf67ce26
 def do_report(options):
     "Write one report for one or several runs."
+    from brainmets.audit import read_audit
     from brainmets.report import write_report
     say(f"Report: {write_report(options.runs, options.out)}")
-    return 0
+    return 1 if any(read_audit(run).is_void for run in options.runs) else 0
 
 
 def do_demo(options):

@@ -9,7 +9,7 @@ __all__ = ['HEADLINES', 'ORACLES', 'HORIZON_METRICS', 'CALIBRATION', 'Shown', 'i
            'comparisons_section', 'subgroups_section', 'regression_section', 'drawn_or_said', 'classes_section',
            'audit_notices', 'audit_section', 'evaluation_sections', 'write_evaluation_page']
 
-# %% ../nbs/46_results_pages.ipynb #a171aeba
+# %% ../nbs/46_results_pages.ipynb #da925c6b
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .evaluate.classification import class_sheet, plot_confusion, plot_precision
 from .evaluate.classification import plot_calibration as plot_class_calibration
 from .evaluate.comparisons import plot_comparisons
 from .evaluate.curves import cumulative_incidence, plot_c_forest, plot_cumulative_incidence, plot_km, tercile_groups
-from .evaluate.measures import DAYS_PER_MONTH
+from .evaluate.measures import DAYS_PER_MONTH, horizon_name
 from .evaluate.regression import plot_kde, plot_metrics_bar, plot_quartiles, plot_residuals, plot_scatter, regression_rows
 from .evaluate.usefulness import plot_decision_curve, plot_subgroups, usefulness_text
 from .evaluation import Evaluation, EvaluationConfig, evaluate, is_classes, is_survival
@@ -60,9 +60,8 @@ def interval_text(row, digits=3): # a row of the metrics table
     interval = f" ({row['low']:.{digits}f} to {row['high']:.{digits}f})" if np.isfinite(row["low"]) else ""
     return f"{row['estimate']:.{digits}f}{interval}"
 
-# %% ../nbs/46_results_pages.ipynb #617f8444
-HEADLINES = {"Harrell C": ("Harrell C", "pooled"), "C within folds": ("Harrell C", "within folds"), "Uno C": ("Uno C", "within folds"), "Uno C, pooled": ("Uno C", "pooled"),
-             "integrated Brier": ("integrated Brier", "pooled")}
+# %% ../nbs/46_results_pages.ipynb #85279539
+HEADLINES = {"Harrell C": ("Harrell C", "pooled"), "C within folds": ("Harrell C", "within folds"), "Uno C": ("Uno C", "within folds"), "Uno C, pooled": ("Uno C", "pooled")}
 ORACLES = {"c_true": "all that decides", "c_table": "all that the table shows"}
 
 
@@ -105,7 +104,7 @@ def not_computable(shown):
     rows["reason"] = rows["note"].str.removeprefix("not computable: ")
     return rows[["model", "metric", "scope", "reason", "n_patients", "n_events"]]
 
-# %% ../nbs/46_results_pages.ipynb #1286b6ea
+# %% ../nbs/46_results_pages.ipynb #0c6559fc
 def _level(shown): return f"{shown.evaluation.config.level:.0%}"
 
 
@@ -113,7 +112,8 @@ def level_note(shown):
     "How intervals were made and what one row is."
     c = shown.evaluation.config
     counted = "samples, each with its own outcome; patients are resampled with all their samples" if c.unit == "sample" else f"patients; the risk of several samples of a patient is merged by its {c.how}"
-    return (f"{_level(shown)} intervals by bootstrap over patients ({c.interval}, {c.n_resamples} resamples, seed {c.seed}). Evaluated on {counted}. A higher risk is worse; C = 0.5 is no order. "
+    order = " A higher risk is worse; C = 0.5 is no order." if is_survival(shown.evaluation.predictions) else ""
+    return (f"{_level(shown)} intervals by bootstrap over patients ({c.interval}, {c.n_resamples} resamples, seed {c.seed}). Evaluated on {counted}.{order} "
             "The intervals say how much the evaluated patients decide; the models were not fitted again.")
 
 
@@ -170,7 +170,7 @@ def competing_blocks(shown):
     text = f"{int(competing.sum())} of {len(rows)} died before the event. One minus Kaplan-Meier counts them as censored and is too high; Aalen-Johansen is the chance to see the event."
     return (FigureBlock(figure, text, "Cumulative incidence by Aalen-Johansen and by one minus Kaplan-Meier", f"incidence-{shown.name}"),)
 
-# %% ../nbs/46_results_pages.ipynb #7169dea6
+# %% ../nbs/46_results_pages.ipynb #f75c7063
 CALIBRATION = ("O/E", "calibration", "ICI", "E50", "E90", "D-calibration")
 
 
@@ -183,14 +183,18 @@ def calibration_block(shown, model):
 
 def calibration_section(shown, n_drawn=3):
     "Whether predicted chances mean what they say; figures of the first models."
-    grid = metric_grid(shown.metrics, shown.metrics.metric.str.startswith(CALIBRATION))
-    if not len(grid): return []
+    rows = shown.metrics[shown.metrics.metric.str.startswith(CALIBRATION)]
+    if not len(rows): return []
+    horizon = f" at {horizon_name(shown.horizon_days)}"
+    grid = metric_grid(rows.assign(metric=rows.metric.str.removesuffix(horizon)), True).set_index("metric").T.rename_axis("model").reset_index()
+    known = grid.set_index("model").ne("not computable").any(axis=1)
+    if not known.any(): return [Section("Calibration", (Paragraph(f"Not computable: {rows['note'].iloc[0].removeprefix('not computable: ')}."),))]
     note = ("O/E: observed over expected events. Slope 1 and intercept 0: neither too extreme nor too high or low. ICI, E50, E90: mean, median and 90th percentile of the distance between "
             "predicted and observed (Austin 2020). D-calibration: a small p says that the curves as a whole do not fit (Haider 2020).")
-    drawn = [m for m in shown.models if grid[m].ne("not computable").any()][:n_drawn]
-    return [Section("Calibration", (Table(grid, "Calibration, with intervals", note), *first_and_rest([calibration_block(shown, m) for m in drawn], "Figures")))]
+    drawn = [m for m in shown.models if known[m]][:n_drawn]
+    return [Section("Calibration", (Table(grid, f"Calibration{horizon}, with intervals", note), *first_and_rest([calibration_block(shown, m) for m in drawn], "Figures")))]
 
-# %% ../nbs/46_results_pages.ipynb #aedcb8c3
+# %% ../nbs/46_results_pages.ipynb #2a42936a
 def usefulness_section(shown, n_drawn=4):
     "At which thresholds acting on a model does more good than treating everyone or nobody."
     decisions = shown.evaluation.decisions
@@ -198,7 +202,7 @@ def usefulness_section(shown, n_drawn=4):
     drawn = dict(list(decisions.items())[:n_drawn])
     text = "\n\n".join(usefulness_text(model, curve) for model, curve in decisions.items())
     grid = metric_grid(shown.metrics, shown.metrics.metric.str.startswith(("net benefit", "interventions avoided")))
-    figure = FigureBlock(plot_decision_curve(drawn), f"Net benefit over the threshold from which on one would act, of {len(drawn)} models, of treating everyone and of treating nobody (Vickers 2006, 2008).",
+    figure = FigureBlock(plot_decision_curve(drawn), f"Net benefit over the threshold from which on one would act, of {len(drawn)} model{'s' if len(drawn) > 1 else ''}, of treating everyone and of treating nobody (Vickers 2006, 2008).",
                          "Decision curves of the models", f"decisions-{shown.name}")
     return [Section("Usefulness", (figure, Details("Where each model helps", (Paragraph(text),)), Details("Net benefit at some thresholds", (Table(grid, "Net benefit, with intervals"),))))]
 

@@ -247,7 +247,7 @@ def usefulness_text(model, curve):
     return (f"{model}, {curve.name}: thresholds with more net benefit than treating everyone or nobody: {_ranges_text(helpful_ranges(curve))} by the point "
             f"estimate; {_ranges_text(helpful_ranges(curve, 'gain_low'))} with the whole {curve.level:.0%} interval above 0.")
 
-# %% ../../nbs/36_usefulness.ipynb #72c09631
+# %% ../../nbs/36_usefulness.ipynb #54705307
 def _draw_decisions(ax, models):
     "Lines of the models, the first with its band."
     styles = [STYLES[i % len(STYLES)] for i in range(len(models))]
@@ -268,7 +268,7 @@ def plot_decision_curve(models): # name -> `DecisionCurve`, all of the same rows
     ax.axhline(0, color=FAINT, linewidth=1.3, label="treat nobody")
     highest = np.nanmax([0.05, everyone["treat_all"].max(), *(c.table[["net_benefit", "net_benefit_high"]].max().max() for c in models.values())])
     first = next(iter(models.values()))
-    ax.set(xlim=(0, 1), ylim=(-0.2*highest, 1.06*highest), ylabel="net benefit", xlabel=f"threshold: chance of the event {first.name}")
+    ax.set(xlim=(0, 1), ylim=(-0.2*highest, 1.06*highest), ylabel="net benefit", xlabel="threshold: chance " + (first.name if first.name.startswith("of ") else f"of the event {first.name}"))
     if all(c.table["net_benefit"].isna().all() for c in models.values()):
         ax.text(0.5, 0.6, "not computable", transform=ax.transAxes, ha="center", color=FAINT)
     title = f"n = {first.n_patients}, {first.n_events} events; band: {first.level:.0%} interval of {next(iter(models))}"
