@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'CHECKLISTS', 'Results', 'read_results', 'flow_box', 'cohort_section', 'split_section', 'models_section',
-           'hazards_section', 'provenance_section', 'run_notices', 'run_sections', 'checklist_section', 'write_report']
+           'hazards_section', 'provenance_section', 'run_notices', 'run_sections', 'checklist_section',
+           'report_sections', 'report_notices', 'write_report']
 
 # %% ../nbs/70_report.ipynb #1705183c
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def provenance_section(results):
     if len(dropped): blocks.append(Details(f"Columns dropped by encoders: {len(dropped)}", (Table(dropped, "Columns that were constant or copies among training patients"),)))
     return Section("Provenance", tuple(blocks))
 
-# %% ../nbs/70_report.ipynb #241d0fc7
+# %% ../nbs/70_report.ipynb #b67e93e0
 LIMITS = "Research software, no medical device: nothing here is meant for the care of a patient."
 
 
@@ -146,15 +147,23 @@ def checklist_section(results, page_folder):
     return [Section("Reporting checklists", (Paragraph(text), Links(links)))]
 
 
+def report_sections(found, page_folder): # list of Results
+    "The sections of all runs; with several runs each title names its cohort."
+    titles = [f"{r.title}: " if len(found) > 1 else "" for r in found]
+    return [Section(title + s.title, s.blocks) for title, r in zip(titles, found) for s in run_sections(r, page_folder)]
+
+
+def report_notices(found):
+    "The notices of all runs."
+    return [Notice(n.kind, (f"{r.title}: " if len(found) > 1 else "") + n.text) for r in found for n in run_notices(r)]
+
+
 def write_report(runs, # folders
                  path): # html file
     "Write the report of one or several runs; figures also go to `figures/` of the first run when the report stands in it."
-    found = [read_results(folder) for folder in runs]
-    titles = [f"{r.title}: " if len(found) > 1 else "" for r in found]
-    sections = [Section(title + s.title, s.blocks) for title, r in zip(titles, found) for s in run_sections(r, Path(path).resolve().parent)]
-    notices = [Notice(n.kind, title + n.text) for title, r in zip(titles, found) for n in run_notices(r)]
-    path = Path(path)
+    found, path = [read_results(folder) for folder in runs], Path(path)
     figures = path.parent/"figures" if path.parent.resolve() == Path(runs[0]).resolve() else None
     studies = sorted({r.summary["study"] for r in found})
-    return write_page(path, f"Study {' and '.join(studies)}: {'; '.join(r.title for r in found)}", "Results with intervals, patients and events", sections, notices,
+    return write_page(path, f"Study {' and '.join(studies)}: {'; '.join(r.title for r in found)}", "Results with intervals, patients and events",
+                      report_sections(found, path.resolve().parent), report_notices(found),
                       f"Made by brainmets {found[0].provenance['versions']['brainmets']}. {LIMITS}", figures)
