@@ -12,7 +12,7 @@ demo: setup            ## the main job on the phantom cohort; ends in demo/run/r
 	$(VENV)/brainmets demo --out demo
 
 test: setup            ## notebooks and tests
-	$(VENV)/python -m pytest -n 2
+	$(VENV)/python -m pytest -n 2 --dist worksteal
 
 bench: setup           ## timings, as ratios against a reference in the same run
 	$(VENV)/python tests/bench/run.py

@@ -220,12 +220,15 @@ def compare_with_reference(table, config):
     table = pd.concat(found).drop(columns=["p_adjusted", "adjustment", "n_comparisons"])
     return pd.concat([with_adjusted(rows, "holm") for _, rows in table.groupby("metric", sort=False)], ignore_index=True)
 
-# %% ../nbs/45_evaluation.ipynb #de3a717e
+# %% ../nbs/45_evaluation.ipynb #614717f6
 def _outcome_notes(table, config):
-    "Sentences on censoring and competing deaths."
-    rows = table[table["partition"] == config.partition].drop_duplicates("patient_id" if config.unit == "patient" else ["patient_id", "sample_id"])
-    notes = [f"{len(rows)} {'patients' if config.unit == 'patient' else 'samples'} were evaluated ({config.partition} rows), {int(rows['event'].sum())} with an event; "
-             f"several samples of a patient {'are merged by their ' + config.how if config.unit == 'patient' else 'are counted each, and patients are resampled with all of theirs'}."]
+    "Sentences on who was evaluated, on samples of one patient, and on competing deaths."
+    evaluated = table[table["partition"] == config.partition].drop_duplicates(["patient_id", "sample_id"])
+    rows = evaluated.drop_duplicates("patient_id") if config.unit == "patient" else evaluated
+    notes = [f"{len(rows)} {'patients' if config.unit == 'patient' else 'samples'} were evaluated ({config.partition} rows), {int(rows['event'].sum())} with an event."]
+    if evaluated["patient_id"].duplicated().any():
+        notes.append(f"Several samples of a patient are merged by their {config.how}." if config.unit == "patient" else
+                     "Several samples of a patient are counted each; patients are resampled with all of theirs.")
     if "competing_death" in rows and (n := int(rows["competing_death"].astype(bool).sum())):
         notes.append(f"{n} died before the event. Here they count as censored: a survival chance is that of a world without other deaths, and the Aalen-Johansen curve says what happens in this one.")
     return notes
