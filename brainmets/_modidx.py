@@ -1954,6 +1954,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'brainmets/studies/clinical.py'),
                                             'brainmets.studies.clinical.varying_columns': ( 'clinical.html#varying_columns',
                                                                                             'brainmets/studies/clinical.py'),
+                                            'brainmets.studies.clinical.with_competing_death': ( 'clinical.html#with_competing_death',
+                                                                                                 'brainmets/studies/clinical.py'),
                                             'brainmets.studies.clinical.write_summary': ( 'clinical.html#write_summary',
                                                                                           'brainmets/studies/clinical.py'),
                                             'brainmets.studies.clinical.write_tables': ( 'clinical.html#write_tables',
