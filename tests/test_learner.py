@@ -1,0 +1,187 @@
+"""A member that is killed goes on and ends with the same bits: real processes, a real SIGKILL, and every place where it hurts."""
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import struct
+import time
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+CONTEXT = multiprocessing.get_context("forkserver")  # imports fastai once; each child is a process of its own, forked from that
+CONTEXT.set_forkserver_preload(["brainmets.train.learner"])
+N_TRAIN = 43
+
+
+class Rows(torch.utils.data.Dataset):
+    "Rows; the augmented ones draw from numpy's global generator and call `on_row` with the number of rows read."
+    def __init__(self, seed, n, on_row=None):
+        rng = np.random.default_rng(seed)
+        self.x = rng.normal(size=(n, 4)).astype(np.float32)
+        self.y = (self.x @ np.array([2., -1., 1., 0.]) + 0.3*rng.normal(size=n)).astype(np.float32)
+        self.on_row, self.n_read = on_row, 0
+
+    def __len__(self): return len(self.x)
+
+    def __getitem__(self, i):
+        noise = np.zeros(4, np.float32)
+        if self.on_row:
+            self.n_read += 1
+            self.on_row(self.n_read)
+            noise = 0.1*np.random.normal(size=4).astype(np.float32)
+        return torch.from_numpy(self.x[i] + noise), torch.tensor([self.y[i], 1.0])
+
+
+class Spread(nn.Module):
+    "A normal likelihood whose spread is learned."
+    def __init__(self):
+        super().__init__()
+        self.log_sigma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, prediction, target):
+        return (self.log_sigma + 0.5*((prediction[:, 0] - target[:, 0])/self.log_sigma.exp())**2).mean()
+
+
+def stop_before_file(name, n, wait):
+    "Call `wait` before a file of that name is put in place for the n-th time."
+    replace, seen = os.replace, []
+
+    def replace_or_wait(source, target):
+        seen.append(os.path.basename(target))
+        if seen[-1] == name and seen.count(name) == n: wait()
+        return replace(source, target)
+    os.replace = replace_or_wait
+
+
+def fit(folder, on_row, n_workers):
+    from brainmets.train.learner import TrainConfig, fit_member, seeded
+    torch.set_num_threads(1)
+    with seeded(0): model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 1))
+    config = TrainConfig(epochs=6, batch_size=8, lr=0.02, schedule="one-cycle", patience=6, accumulate=2, clip_norm=5.0, n_workers=n_workers, device="cpu")
+    return fit_member(folder, model, Spread(), Rows(1, N_TRAIN, on_row), Rows(2, 20), config, seed=3)
+
+
+def child(connection, folder, stop, n_workers):
+    "Train; at the place `stop` say so and wait for the end."
+    multiprocessing.set_start_method("fork", force=True)  # of the workers that read data, as in any other program
+    def wait():
+        connection.send("here")
+        time.sleep(600)
+    try:
+        if "file" in stop: stop_before_file(*stop["file"], wait)
+        history = fit(folder, lambda n: wait() if n == stop.get("row") else None, n_workers)
+        connection.send((history.best_epoch, history.stopped))
+    except Exception: connection.send(traceback.format_exc())
+
+
+def start(folder, stop=None, n_workers=0):
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=child, args=(theirs, folder, stop or {}, n_workers))
+    process.start()
+    assert ours.poll(240), "no word from the child"
+    return process, ours.recv()
+
+
+def finished(folder, **options):
+    "What the child says at its end."
+    process, said = start(folder, **options)
+    process.join(60)
+    return said
+
+
+def killed(folder, stop):
+    "Start the child, wait until it is at the place, kill it from outside."
+    process, said = start(folder, stop)
+    assert said == "here", said
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def results(folder): return {name: (folder/name).read_bytes() for name in ("best.safetensors", "best.json", "history.csv")}
+
+
+def n_epochs(folder): return len(json.loads((folder/"checkpoint.json").read_text())["rows"]) if (folder/"checkpoint.json").exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "The folder of a run that was left alone."
+    folder = tmp_path_factory.mktemp("undisturbed")/"member"
+    best_epoch, stopped = finished(folder)
+    assert stopped == "epochs" and best_epoch == 6, "the weights that are compared must be made after the kill"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_in_epoch_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")/"member"
+    killed(folder, {"row": N_TRAIN + 5})
+    return folder
+
+
+PLACES = {
+    "first epoch": ({"row": 20}, 0),
+    "middle of the third epoch": ({"row": 2*N_TRAIN + 20}, 2),
+    "while the second checkpoint is written": ({"file": ("checkpoint-2.safetensors", 1)}, 1),
+    "before the second checkpoint counts": ({"file": ("checkpoint.json", 2)}, 1),
+    "before the history of the fourth epoch": ({"file": ("history.csv", 4)}, 4),
+    "after the last checkpoint, before its best weights": ({"file": ("best.safetensors", 6)}, 6),
+    "between the best weights and their hash": ({"file": ("best.json", 6)}, 6),
+    "after all but the last history": ({"file": ("history.csv", 6)}, 6),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_and_called_again_it_ends_with_the_same_bits(place, undisturbed, tmp_path):
+    stop, n_finished = PLACES[place]
+    killed(tmp_path/"member", stop)
+    assert n_epochs(tmp_path/"member") == n_finished
+    assert finished(tmp_path/"member")[1] == "epochs"
+    assert results(tmp_path/"member") == results(undisturbed)
+    assert sorted(p.name for p in (tmp_path/"member").iterdir() if not p.name.startswith(".")) == sorted(p.name for p in undisturbed.iterdir())
+
+
+def test_killed_twice(undisturbed, tmp_path):
+    killed(tmp_path/"member", {"row": N_TRAIN + 5})
+    killed(tmp_path/"member", {"row": 2*N_TRAIN + 30})
+    assert n_epochs(tmp_path/"member") == 3
+    assert finished(tmp_path/"member")[1] == "epochs"
+    assert results(tmp_path/"member") == results(undisturbed)
+
+
+def test_worker_processes_repeat_too(tmp_path):
+    for name in ("one", "other"): assert finished(tmp_path/name, n_workers=2)[1] == "epochs"
+    assert results(tmp_path/"one") == results(tmp_path/"other")
+
+
+def test_weights_are_a_header_in_json_and_numbers_and_nothing_else(undisturbed, stopped_in_epoch_two):
+    files = [undisturbed/"best.safetensors", *stopped_in_epoch_two.glob("*.safetensors")]
+    assert len(files) == 3
+    for path in files:
+        content = path.read_bytes()
+        length = struct.unpack("<Q", content[:8])[0]
+        header = json.loads(content[8:8 + length])
+        ends = sorted(tuple(t["data_offsets"]) for name, t in header.items() if name != "__metadata__")
+        assert ends[0][0] == 0 and ends[-1][1] == len(content) - 8 - length
+        assert all(a[1] == b[0] for a, b in zip(ends, ends[1:])), "bytes that belong to no tensor"
+    names = {p.suffix for folder in (undisturbed, stopped_in_epoch_two) for p in folder.iterdir()}
+    assert names <= {".safetensors", ".json", ".csv"}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder: next(folder.glob("checkpoint-*.safetensors")).write_bytes(b"\x80\x04K\x01."), "damaged or foreign"),
+    (lambda folder: next(folder.glob("checkpoint-*.safetensors")).unlink(), "is missing"),
+    (lambda folder: (folder/"checkpoint.json").write_text((folder/"checkpoint.json").read_text()[:-20]), "no readable JSON"),
+    (lambda folder: (folder/"checkpoint.json").write_text('{"format": "something else"}'), "no checkpoint of brainmets"),
+], ids=["a pickle", "missing", "cut", "foreign"])
+def test_a_damaged_checkpoint_is_refused(damage, message, stopped_in_epoch_two, tmp_path):
+    shutil.copytree(stopped_in_epoch_two, tmp_path/"member")
+    damage(tmp_path/"member")
+    said = finished(tmp_path/"member")
+    assert "DataError" in said and message in said and "Remedy" in said
