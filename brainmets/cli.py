@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'STUDIES', 'PLANNED', 'NOT_BUILT', 'CORES', 'MANIFEST', 'DATA', 'SET', 'WORKERS', 'SEED', 'VERBS',
-           'wrapped_table', 'say', 'settings_of', 'do_phantom', 'do_check', 'do_describe', 'do_run', 'do_evaluate',
-           'do_audit', 'do_report', 'do_demo', 'do_not_built', 'Verb', 'argument', 'build_parser', 'main']
+           'wrapped_table', 'say', 'settings_of', 'do_phantom', 'do_check', 'do_describe', 'run_study', 'do_run',
+           'do_evaluate', 'do_audit', 'do_report', 'do_demo', 'do_predict', 'do_not_built', 'Verb', 'argument',
+           'build_parser', 'main']
 
 # %% ../nbs/71_cli.ipynb #12dfd551
 import argparse
@@ -91,27 +92,38 @@ def do_describe(options):
     say(f"{cohort.manifest.cohort.name}: described {cohort.n_patients} patients: {describe_cohort(cohort, options.out, lesions)}")
     return 0
 
-# %% ../nbs/71_cli.ipynb #34a3c176
-STUDIES = {"clinical": "baselines: Cox, survival forest, volume, clinical scores"}
-PLANNED = {"hybrid": "hybrid regression (system A)", "classes": "survival classes (system B)", "vit-cox": "vision transformer with the Cox loss (system C)",
+# %% ../nbs/71_cli.ipynb #ea067b43
+STUDIES = {"clinical": "baselines: Cox, survival forest, volume, clinical scores", "hybrid": "hybrid regression of survival from slices and clinical columns (system A)"}
+PLANNED = {"classes": "survival classes (system B)", "vit-cox": "vision transformer with the Cox loss (system C)",
            "ssl": "self-supervised pretraining (system D)", "radionecrosis": "radiation necrosis or progression (system D)"}
+
+
+def run_study(options, own, settings): # own: settings of the study
+    "Run the study of that name: the run, and its results in words."
+    shared = dict(settings=settings, n_workers=options.workers, progress=sys.stderr.isatty())
+    if options.study == "clinical":
+        from brainmets.studies.clinical import clinical_config, run_clinical, summary_text
+        run = run_clinical(options.manifest, options.data, options.out, clinical_config(options.preset, **own), **shared)
+        return run, summary_text(run)
+    from brainmets.studies.hybrid import hybrid_study_config, hybrid_text, run_hybrid
+    run = run_hybrid(options.manifest, options.data, options.out, hybrid_study_config(options.preset, **own), cache_dir=options.cache, **shared)
+    return run, hybrid_text(run)
 
 
 def do_run(options):
     "Run a study and write its report."
     if options.study in PLANNED: raise DataError(f"The study '{options.study}', {PLANNED[options.study]}, is not built yet. Built: {', '.join(STUDIES)}.")
     if options.study not in STUDIES: raise DataError(f"No study '{options.study}'; {suggestion(options.study, [*STUDIES, *PLANNED])}")
-    from brainmets.studies.clinical import clinical_config, run_clinical, summary_text
     settings = settings_of(options.set)
     own = {k.removeprefix("study."): settings.pop(k) for k in list(settings) if k.startswith("study.")}
-    run = run_clinical(options.manifest, options.data, options.out, clinical_config(options.preset, **{"seed": options.seed, **own}), settings,
-                       n_workers=options.workers, progress=sys.stderr.isatty())
+    if options.split: own["split"] = options.split
+    run, text = run_study(options, {"seed": options.seed, **own}, settings)
     from brainmets.audit import read_audit
     from brainmets.checklists import write_checklists
     from brainmets.report import write_report
     checklists, audit = write_checklists(run.folder), read_audit(run.folder)
     report = write_report([run.folder], run.path("report.html"))
-    say(summary_text(run))
+    say(text)
     say(f"\nAudit: {audit.verdict}\nChecklists: {checklists}\nReport: {report}")
     return 1 if audit.is_void else 0
 
@@ -178,8 +190,21 @@ def do_demo(options):
     say(f"\nThe report of the demo: {write_report([out/'run'], out/'report.html')}")
     return 0
 
-# %% ../nbs/71_cli.ipynb #e4f56744
-NOT_BUILT = {"preprocess": "from scanner to atlas", "radiomics": "PyRadiomics features", "predict": "predictions of a stored run for other patients",
+# %% ../nbs/71_cli.ipynb #c96f348e
+def do_predict(options):
+    "Predictions of a stored run for other patients."
+    from brainmets.studies.hybrid_predict import predict_run
+    table = predict_run(options.run, options.manifest, options.data, options.out, options.model, settings_of(options.set), not options.no_maps, options.workers, sys.stderr.isatty())
+    columns = [c for c in ("sample_id", "risk", "predicted_days", "predicted_low_days", "predicted_high_days") if c in table]
+    say(table[columns].round(2).head(SHOWN).to_string(index=False))
+    for row in table.head(SHOWN).itertuples():
+        notes = {"columns": row.note_columns, "table": row.note_table, "images": row.note_image}
+        say(f"\n{row.sample_id}" + "".join(f"\n  {name}: {text}" for name, text in notes.items() if text))
+    say(f"\nPredictions: {options.out}\nResearch software, no medical device: nothing here is meant for the care of a patient.")
+    return 0
+
+# %% ../nbs/71_cli.ipynb #c63c38df
+NOT_BUILT = {"preprocess": "from scanner to atlas", "radiomics": "PyRadiomics features",
              "explain": "saliency and importance"}
 
 
@@ -207,7 +232,7 @@ SET = argument("--set", action="append", metavar="KEY=VALUE", help="lay a value 
 WORKERS = argument("--workers", type=int, default=min(2, CORES), metavar="N", help="worker processes (default: %(default)s)")
 SEED = argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 
-# %% ../nbs/71_cli.ipynb #e3329e53
+# %% ../nbs/71_cli.ipynb #5ac53be0
 VERBS = (
     Verb("demo", do_demo, "The main job on the phantom cohort; ends in DIR/report.html.", "brainmets demo --out demo",
          (argument("--out", required=True, metavar="DIR", help="folder for everything"), argument("--patients", type=int, default=120, metavar="N", help="patients of the phantom (default: %(default)s)"),
@@ -222,10 +247,12 @@ VERBS = (
           argument("--headers-only", action="store_true", help="do not read voxels"), WORKERS)),
     Verb("describe", do_describe, "Describe a cohort: Table 1, distributions, survival, missingness.", "brainmets describe cohort/phantom.toml --data cohort --out description",
          (MANIFEST, DATA, SET, argument("--out", required=True, metavar="DIR", help="folder for the page, tables and figures"), WORKERS)),
-    Verb("run", do_run, "Run a study on a cohort; a stopped run goes on with the same command.", "brainmets run clinical cohort/phantom.toml --data cohort --out run",
+    Verb("run", do_run, "Run a study on a cohort; a stopped run goes on with the same command.", "brainmets run clinical cohort/phantom.toml --data cohort --out run\n  brainmets run hybrid cohort/phantom.toml --data cohort --out run-hybrid",
          (argument("study", help=f"{', '.join(STUDIES)}; planned: {', '.join(PLANNED)}"), MANIFEST, DATA,
           argument("--set", action="append", metavar="KEY=VALUE", help="lay a value over the manifest (outcome.unit=days) or over the settings of the study (study.n_folds=10, study.split=leave-one-center-out); may be repeated"),
           argument("--preset", default="quick", metavar="quick|paper", help="settings of the study (default: %(default)s)"),
+          argument("--split", metavar="HOW", help="hybrid: patient, or slice as published, which voids the result; clinical: k-fold or leave-one-center-out"),
+          argument("--cache", metavar="DIR", help="where slices are kept, to be shared by runs (default: in the run folder)"),
           argument("--out", required=True, metavar="RUN", help="run folder"), SEED, WORKERS)),
     Verb("evaluate", do_evaluate, "All metrics of anybody's predictions: patient_id with time_days, event and risk (or predicted_days, survival_<days>), or with label and prob_<class>.",
          "brainmets evaluate predictions.csv --out evaluation",
@@ -239,6 +266,10 @@ VERBS = (
          (argument("what", nargs="?", metavar="RUN|FILE", help="run folder, or csv of predictions"), argument("--counts", type=int, nargs="+", metavar="N", help="rows in each part of a split"),
           argument("--per-patient", type=int, metavar="N", help="rows of one patient"), argument("--per-volume", type=int, metavar="N", help="rows of one volume, when it is known"),
           argument("--out", metavar="DIR", help="folder for audit.json, audit.csv and audit.md"))),
+    Verb("predict", do_predict, "Predictions of a stored hybrid run for new patients, with an interval, a note on how like the training patients they are, and maps.",
+         "brainmets predict run-hybrid new.toml --data new --out predictions.csv",
+         (argument("run", metavar="RUN", help="folder of a hybrid run"), MANIFEST, DATA, SET, argument("--out", required=True, metavar="FILE", help="csv; maps go into a folder beside it"),
+          argument("--model", metavar="NAME", help="a model of the run (default: the first)"), argument("--no-maps", action="store_true", help="draw no Grad-CAM"), WORKERS)),
     Verb("report", do_report, "One page for one or several runs.", "brainmets report run --out report.html",
          (argument("runs", nargs="+", metavar="RUN", help="run folders"), argument("--out", required=True, metavar="FILE", help="html file"))))
 

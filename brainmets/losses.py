@@ -7,7 +7,7 @@ __all__ = ['UNITS', 'NOISES', 'TIES', 'LOSSES', 'loss_columns', 'as_column', 'Ti
            'SquaredLoss', 'HuberLoss', 'CensoringCurve', 'fit_censoring', 'WeightedLoss', 'Noise', 'FailureTimeLoss',
            'cox_loss', 'CoxLoss', 'make_loss', 'from_state']
 
-# %% ../nbs/20_losses.ipynb #f7dbb2a5
+# %% ../nbs/20_losses.ipynb #05366b09
 import inspect
 import math
 import warnings
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from lifelines import LogNormalFitter, WeibullFitter
+from lifelines.exceptions import ConvergenceError
 from torch import nn
 
 from .tables import DataError, listed, suggestion
 
-# %% ../nbs/20_losses.ipynb #a15b8dd7
+# %% ../nbs/20_losses.ipynb #792c1f91
 def loss_columns(prediction:torch.Tensor, # (n, 1) or (n,)
                  target:torch.Tensor # (n, 2): time_days, event
                 ): # prediction (n,), time in days (n,), event (n,) bool
@@ -31,7 +32,8 @@ def loss_columns(prediction:torch.Tensor, # (n, 1) or (n,)
         raise DataError(f"prediction has shape {tuple(prediction.shape)} and target {tuple(target.shape)}; expected (n, 1) or (n,), and (n, 2) with time_days and event. "
                         "Remedy: one output for each sample, and the target of the same rows.")
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    return prediction.to(wide), target[:, 0].to(wide).contiguous(), target[:, 1] > 0.5
+    time_days = target[:, 0].to(wide) + 0*target[:, 1].to(wide)
+    return prediction.to(wide), time_days.contiguous(), target[:, 1] > 0.5
 
 
 def as_column(prediction): # tensor or array, (n, 1) or (n,)
@@ -223,11 +225,23 @@ def _fit_weibull(time, event):
 NOISES = {"lognormal": Noise(lambda z: -z.square()/2 - math.log(2*math.pi)/2, lambda z: torch.special.log_ndtr(-z), 0.0, _fit_lognormal),
           "weibull": Noise(lambda z: z - _bounded_exp(z), lambda z: -_bounded_exp(z), math.log(math.log(2)), _fit_weibull)}
 
-# %% ../nbs/20_losses.ipynb #bb41d871
+# %% ../nbs/20_losses.ipynb #063fd2d9
 _SHORTEST_DAYS = 0.5
 _SIGMA_RANGE = (0.1, 10.0)  # a start outside it comes from times that hardly vary or from very few events
 
 
+def _start(distribution, time, event):
+    "Location and sigma of the training patients; `DataError` where their times have none."
+    remedy = "Remedy: more training patients, or a look at the column time_days."
+    if len(time) < 2 or not (time > _SHORTEST_DAYS).any():
+        raise DataError(f"{len(time)} training patients with times up to {time.max():g} days: expected two or more, and a time above {_SHORTEST_DAYS} days. {remedy}")
+    try: center, sigma = NOISES[distribution].fit_marginal(np.maximum(time, _SHORTEST_DAYS), event)
+    except (TypeError, ValueError, ArithmeticError, ConvergenceError) as error:
+        raise DataError(f"No {distribution} distribution fits {len(time)} training patients with {event.sum()} events ({type(error).__name__}). {remedy}") from error
+    if not np.isfinite([center, sigma]).all(): raise DataError(f"The {distribution} distribution of {len(time)} training patients is no number. {remedy}")
+    return float(center), float(np.clip(sigma, *_SIGMA_RANGE))
+
+# %% ../nbs/20_losses.ipynb #b800624f
 class FailureTimeLoss(SurvivalLoss):
     "Negative log likelihood of log-normal or Weibull times with right censoring; mean over samples."
     name = "aft"
@@ -243,10 +257,9 @@ class FailureTimeLoss(SurvivalLoss):
     @classmethod
     def fit(cls, train_time, train_event, distribution="lognormal", is_learned=True, sigma=None):
         if distribution not in NOISES: raise DataError(f"distribution = {distribution!r}: {suggestion(distribution, NOISES)}")
-        center, start = NOISES[distribution].fit_marginal(np.maximum(train_time, _SHORTEST_DAYS), train_event)
-        start = float(np.clip(start, *_SIGMA_RANGE))
+        center, start = _start(distribution, np.asarray(train_time, float), np.asarray(train_event, bool))
         if sigma is not None and not sigma > 0: raise DataError(f"sigma = {sigma!r}: expected a positive number. Remedy: leave it out to take that of the training patients.")
-        return cls(distribution, float(center), start, start if sigma is None else float(sigma), bool(is_learned))
+        return cls(distribution, center, start, start if sigma is None else float(sigma), bool(is_learned))
 
 # %% ../nbs/20_losses.ipynb #7e4ae355
 @patch

@@ -7,12 +7,12 @@ __all__ = ['SAMPLES', 'FOLDS', 'IMAGES', 'LESIONS', 'PREDICTIONS', 'PARTITIONS',
            'nearest', 'suggestion', 'check_columns', 'survival_columns', 'has_prediction', 'check_predictions',
            'write_bytes', 'write_text', 'plain', 'write_json', 'read_json', 'write_table', 'read_table', 'inside']
 
-# %% ../nbs/00_tables.ipynb #89b42cd2
+# %% ../nbs/00_tables.ipynb #46b17ebc
 import difflib
 import io
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -87,28 +87,20 @@ def check_predictions(table):
     if unknown: raise DataError(f"predictions: unknown partition {listed(unknown)}; expected one of {', '.join(PARTITIONS)}.")
     return table
 
-# %% ../nbs/00_tables.ipynb #777d86a4
+# %% ../nbs/00_tables.ipynb #c8fa496f
 def write_bytes(path, # where the file shall stand; folders above it are made
                 content): # bytes
     "Write a file whole or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
-        with os.fdopen(handle, "wb") as file: file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
+        with open(temporary, "xb") as file: file.write(content)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return path
-
-# %% ../nbs/00_tables.ipynb #568f3bc2
-def _umask():
-    "The current umask, read without changing it for longer than this call."
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 # %% ../nbs/00_tables.ipynb #768ca16c
 def write_text(path, text):

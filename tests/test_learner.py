@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import struct
+import sys
 import time
 import traceback
 
@@ -144,7 +145,7 @@ def test_killed_and_called_again_it_ends_with_the_same_bits(place, undisturbed, 
     assert n_epochs(tmp_path/"member") == n_finished
     assert finished(tmp_path/"member")[1] == "epochs"
     assert results(tmp_path/"member") == results(undisturbed)
-    assert sorted(p.name for p in (tmp_path/"member").iterdir() if not p.name.startswith(".")) == sorted(p.name for p in undisturbed.iterdir())
+    assert sorted(p.name for p in (tmp_path/"member").iterdir()) == sorted(p.name for p in undisturbed.iterdir())  # nothing half written is left
 
 
 def test_killed_twice(undisturbed, tmp_path):
@@ -170,7 +171,7 @@ def test_weights_are_a_header_in_json_and_numbers_and_nothing_else(undisturbed, 
         ends = sorted(tuple(t["data_offsets"]) for name, t in header.items() if name != "__metadata__")
         assert ends[0][0] == 0 and ends[-1][1] == len(content) - 8 - length
         assert all(a[1] == b[0] for a, b in zip(ends, ends[1:])), "bytes that belong to no tensor"
-    names = {p.suffix for folder in (undisturbed, stopped_in_epoch_two) for p in folder.iterdir()}
+    names = {p.suffix for folder in (undisturbed, stopped_in_epoch_two) for p in folder.iterdir() if p.name != ".lock"}
     assert names <= {".safetensors", ".json", ".csv"}
 
 
@@ -185,3 +186,117 @@ def test_a_damaged_checkpoint_is_refused(damage, message, stopped_in_epoch_two, 
     damage(tmp_path/"member")
     said = finished(tmp_path/"member")
     assert "DataError" in said and message in said and "Remedy" in said
+
+
+def test_a_second_process_is_kept_out_until_the_first_is_gone(undisturbed, tmp_path):
+    process, said = start(tmp_path/"member", {"row": N_TRAIN + 5})
+    assert said == "here"
+    try: refused = finished(tmp_path/"member")
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+    assert "DataError: Another process trains in 'member'" in refused and "Remedy" in refused
+    assert finished(tmp_path/"member")[1] == "epochs"
+    assert results(tmp_path/"member") == results(undisturbed)
+
+
+class Plain(torch.utils.data.TensorDataset):
+    "Rows of four numbers and [time_days, event]."
+    def __init__(self, seed, n):
+        rng = np.random.default_rng(seed)
+        super().__init__(*(torch.from_numpy(v.astype(np.float32)) for v in (rng.normal(size=(n, 4)), np.stack([np.ceil(rng.exponential(600, n)), rng.random(n) < 0.6], 1))))
+
+
+def small_fit(folder, config, seed=0, n=40, train=None, **loss_options):
+    from brainmets.losses import make_loss
+    from brainmets.train.learner import fit_member, seeded
+    torch.set_num_threads(1)
+    with seeded(seed): model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.BatchNorm1d(16), nn.Linear(16, 1))
+    train = train or Plain(0, n)
+    name = loss_options.pop("name", "aft")
+    return model, fit_member(folder, model, make_loss(name, *train.tensors[1].numpy().T, **loss_options), train, Plain(1, 20), config)
+
+
+@pytest.fixture
+def config():
+    from brainmets.train.learner import TrainConfig
+    return TrainConfig(epochs=2, batch_size=8, device="cpu", patience=9)
+
+
+def test_a_finished_member_of_other_first_weights_is_not_reused(config, tmp_path):
+    from brainmets.tables import DataError
+    small_fit(tmp_path/"member", config)
+    small_fit(tmp_path/"member", config)  # the same question: read
+    with pytest.raises(DataError, match="first_weights"): small_fit(tmp_path/"member", config, seed=1)
+    with pytest.raises(DataError, match="first_weights"): small_fit(tmp_path/"member", config, sigma=0.05)  # what the loss learns has a start too
+    with pytest.raises(DataError, match="loss"): small_fit(tmp_path/"member", config, distribution="weibull")
+
+
+def test_a_finished_member_goes_to_the_device_of_the_settings(config, tmp_path, monkeypatch):
+    small_fit(tmp_path/"member", config)
+    asked = []
+    monkeypatch.setattr("brainmets.train.learner.training_device", lambda name: asked.append(name) or torch.device("meta"))
+    monkeypatch.setattr("brainmets.train.learner.load_best", lambda folder, model, loss: None)  # a meta device holds no numbers
+    model, _ = small_fit(tmp_path/"member", config)
+    assert {p.device.type for p in model.parameters()} == {"meta"} and set(asked) == {"cpu"}
+
+
+def reads_of(folder, config, n, monkeypatch):
+    "How often brainmets and fastai turn a tensor into a number while training on n rows, looking at each 20th batch as on a card."
+    from brainmets.train import learner
+    kind, counts = learner.RefuseNonFinite, []
+
+    def counted(name, original):
+        def read(tensor, *args, **options):
+            place = sys._getframe(1).f_code.co_filename
+            if "brainmets" in place or "fastai" in place: counts.append(name)
+            return original(tensor, *args, **options)
+        return read
+    with monkeypatch.context() as patched:
+        patched.setattr(learner, "RefuseNonFinite", lambda every: kind(20))
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"): patched.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+        small_fit(folder, config, n=n)
+    return len(counts)
+
+
+def test_numbers_are_not_read_from_the_device_in_each_batch(tmp_path, monkeypatch):
+    from brainmets.train.learner import TrainConfig
+    config = TrainConfig(epochs=1, batch_size=4, clip_norm=1.0, accumulate=2, device="cpu")
+    few, many = (reads_of(tmp_path/str(n), config, n, monkeypatch) for n in (4*24, 4*40))  # 24 and 40 batches: two looks either way
+    assert few == many > 0
+
+
+@pytest.fixture
+def half_precision_on_the_cpu(monkeypatch):
+    "Mixed precision as on CUDA, with torch's CPU forms of its two parts."
+    from brainmets.train import learner
+    from fastai.callback import fp16
+    callbacks = learner.step_callbacks
+    monkeypatch.setattr(learner, "step_callbacks", lambda config, device: callbacks(config, torch.device("cuda")))
+    monkeypatch.setattr(fp16, "autocast", lambda device, dtype: torch.amp.autocast("cpu", dtype=dtype))
+    monkeypatch.setattr(fp16, "GradScaler", lambda device, **options: torch.amp.GradScaler("cpu", **options))
+
+
+class BreaksOff(Plain):
+    "Is interrupted at a row of its third epoch."
+    n_read = 0
+
+    def __getitem__(self, i):
+        self.n_read += 1
+        if self.n_read == 100: raise KeyboardInterrupt
+        return super().__getitem__(i)
+
+
+def test_skipped_steps_are_noted_also_over_a_break(half_precision_on_the_cpu, tmp_path):
+    from brainmets.train.learner import TrainConfig, read_history
+    config = TrainConfig(epochs=4, batch_size=8, accumulate=2, clip_norm=1.0, schedule="one-cycle", patience=9, device="cpu")
+    _, whole = small_fit(tmp_path/"whole", config, name="mse")  # in days: overflows until the scale is low enough
+    n_skipped = int(whole.notes[-1].split("skipped ")[1].split()[0])
+    assert 3 <= n_skipped <= 6, whole.notes  # from a scale of 1024; from 65536 it would be six more
+    with pytest.raises(KeyboardInterrupt): small_fit(tmp_path/"broken", config, name="mse", train=BreaksOff(0, 40))
+    assert len(read_history(tmp_path/"broken").epochs) == 2
+    _, again = small_fit(tmp_path/"broken", config, name="mse")
+    assert again.notes == whole.notes and again.epochs.equals(whole.epochs)
+    assert (tmp_path/"whole"/"best.safetensors").read_bytes() == (tmp_path/"broken"/"best.safetensors").read_bytes()
+    _, small = small_fit(tmp_path/"huber", config, name="huber")
+    assert not small.notes

@@ -319,7 +319,7 @@ def as_numbers(table, names):
     numbers = pd.get_dummies(table[names].convert_dtypes().infer_objects(), dtype=float).astype(float)
     return numbers.fillna(numbers.median()).fillna(0).to_numpy()
 
-# %% ../../nbs/35_leakage.ipynb #050bbeba
+# %% ../../nbs/35_leakage.ipynb #3ddb7530
 PROBE_ROWS = 2000
 
 
@@ -327,6 +327,8 @@ def check_permuted(table, # inputs, outcome, patient_id and partition
                    fit_predict=nearest_neighbour, n_permutations=20, seed=0):
     "Findings of the permutation probe on the study's own inputs and split."
     table = table.sample(min(PROBE_ROWS, len(table)), random_state=seed)
+    if not table.partition.isin(LEARNED[:1]).any() or not table.partition.isin(SCORED).any():
+        return [Finding("permutation-probe", "question", "The inputs of no training row, or of no scored row, are known: the probe has nothing to compare.", "Give samples.csv with the sample_id of the folds.", KINDS["L3.2"])]
     target = table.time_days.to_numpy(float) if "time_days" in table else pd.factorize(table.label)[0]
     probe = permutation_probe(as_numbers(table, input_names(table)), target, table.patient_id, table.partition, fit_predict, n_permutations, seed)
     text = f"Outcomes permuted between patients: rank correlation {probe.mean:.2f} (standard error {probe.error:.2f}, {n_permutations} permutations, {table.patient_id.nunique()} patients) on the study's own split"

@@ -6,7 +6,7 @@
 __all__ = ['INPUTS', 'FUSIONS', 'PRESETS', 'WEIGHTS_FILE', 'KIND', 'HybridConfig', 'build_encoder', 'EncoderShape',
            'encoder_shape', 'tabular_branch', 'ConcatFusion', 'GatedFusion', 'AttentionFusion', 'regression_head',
            'HybridNet', 'hybrid_config', 'count_parameters', 'count_operations', 'read_weights', 'check_weights',
-           'load_encoder', 'imagenet_file', 'mc_dropout', 'save_hybrid', 'hybrid_facts', 'load_hybrid']
+           'load_encoder', 'imagenet_file', 'dropout_masks', 'mc_dropout', 'save_hybrid', 'hybrid_facts', 'load_hybrid']
 
 # %% ../../nbs/21_hybrid.ipynb #e5a09927
 import hashlib
@@ -163,7 +163,7 @@ class AttentionFusion(nn.Module):
 
 FUSIONS = {"concat": ConcatFusion, "gated": GatedFusion, "attention": AttentionFusion}
 
-# %% ../../nbs/21_hybrid.ipynb #b368f030
+# %% ../../nbs/21_hybrid.ipynb #f53c0942
 def regression_head(n_inputs, sizes, dropout):
     "Linear, ReLU, dropout; then Linear, ReLU for each further width; then one output."
     layers = []
@@ -179,7 +179,7 @@ class HybridNet(nn.Module):
         super().__init__()
         self.config, self.weights_source = config, {"weights": "none"}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             _build(self, config)
         if config.inputs != "tabular" and config.weights != "none": self.weights_source = load_encoder(self.image_encoder, config)
 
@@ -332,26 +332,34 @@ def imagenet_file(backbone, # name of a timm model
         raise DataError(f"weights = 'imagenet': {WEIGHTS_FILE} of {repository} cannot be fetched ({type(error).__name__}). Expected a network or a filled cache. "
                         f"Remedy: fetch that file elsewhere and set weights to its path; weights = 'none' starts from random ones.") from error
 
-# %% ../../nbs/21_hybrid.ipynb #fd6be213
+# %% ../../nbs/21_hybrid.ipynb #a980e807
+def dropout_masks(net, n, seed):
+    "For each dropout layer of the head its masks, (n, 1, width): 0, or 1/(1 - p) for a unit that is kept."
+    layers, width = [], 0
+    for module in net.head:
+        width = getattr(module, "out_features", width)
+        if isinstance(module, nn.Dropout) and module.p > 0: layers.append((module, width))
+    if not layers: raise DataError("dropout = 0: the net has no spread. Expected a share above 0. Remedy: train with dropout, or an ensemble of members.")
+    widths = [width for _, width in layers]
+    chance = torch.rand(n, 1, sum(widths), generator=torch.Generator().manual_seed(seed)).split(widths, -1)
+    return {module: (part >= module.p)/(1 - module.p) for (module, _), part in zip(layers, chance)}
+
+# %% ../../nbs/21_hybrid.ipynb #a1490d57
 @contextmanager
 def mc_dropout(net:HybridNet, # left as it was found
                n=50, # draws
-               seed=0): # of the draws; the global generator is left alone
+               seed=0): # of the masks; draw k is the same net whatever n is
     "`with mc_dropout(net, 50) as draw: draw(image, tabular)` gives (n, batch, 1)."
     if not _whole(n): raise DataError(f"n = {n!r}: expected a whole number of draws from 1.")
-    modes, calls = [(module, module.training) for module in net.modules()], 0
+    masks, modes = dropout_masks(net, n, seed), [(module, module.training) for module in net.modules()]
     def draw(image, tabular):
-        nonlocal calls
-        calls += 1
-        with torch.no_grad(), torch.random.fork_rng(devices=[p.device for p in net.head.parameters() if p.is_cuda][:1]):
-            torch.manual_seed(1_000_003*seed + calls)
+        with torch.no_grad():
             _check_batch(net, image, tabular)
-            joined = _joined(net, None if net.image_encoder is None else net.feature_maps(image), tabular)
-            return net.head(joined.expand(n, *joined.shape))
+            values = _joined(net, None if net.image_encoder is None else net.feature_maps(image), tabular)[None]
+            for module in net.head: values = values*masks[module].to(values) if module in masks else module(values)
+            return values
     try:
         net.eval()
-        for module in net.head:
-            if isinstance(module, nn.Dropout): module.train()
         yield draw
     finally:
         for module, mode in modes: module.training = mode

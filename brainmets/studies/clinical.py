@@ -302,7 +302,7 @@ def dropped_columns(run, names):
             for column, reason in read_json(path)["dropped"].items(): dropped.setdefault((column, reason), []).append(member)
     return [{"column": c, "reason": r, "folds": len(m)} for (c, r), m in dropped.items()]
 
-# %% ../../nbs/60_clinical.ipynb #b3ab3235
+# %% ../../nbs/60_clinical.ipynb #e3b9c6cf
 SUBGROUPS = ("primary", "sex", "age")   # roles that make subgroups, beside the center
 
 
@@ -329,14 +329,14 @@ def evaluate_run(run, predictions, cohort, config):
     return found.metrics
 
 
-def write_summary(run, cohort, plans, missing, notices, folds):
+def write_summary(run, cohort, plans, missing, notices, folds, study="clinical", more=()): # more: further models, before the plans
     "summary.json: what a reader of the report needs besides the tables."
     outcome, samples = cohort.manifest.outcome, cohort.samples
     counts = {"n_patients": cohort.n_patients, "n_samples": len(samples), "n_events": int(samples.event.sum()),
               "n_patients_with_event": int(samples.groupby("patient_id").event.any().sum()), "median_time_days": float(samples.time_days.median())}
     members = sorted(p.parent.name for p in run.path("members").glob("*/done.json"))
-    facts = {"study": "clinical", "cohort": cohort.manifest.cohort.model_dump(), "outcome": outcome.model_dump(), "counts": counts, "notices": notices,
-             "not_computable": [{"model": m, "reason": r} for m, r in missing], "evidence_grades": EVIDENCE, "models": [{"model": p.name, "what": p.text, "n_columns": len(p.columns)} for p in plans],
+    facts = {"study": study, "cohort": cohort.manifest.cohort.model_dump(), "outcome": outcome.model_dump(), "counts": counts, "notices": notices,
+             "not_computable": [{"model": m, "reason": r} for m, r in missing], "evidence_grades": EVIDENCE, "models": [*more, *({"model": p.name, "what": p.text, "n_columns": len(p.columns)} for p in plans)],
              "dropped_columns": dropped_columns(run, members), "oracle": oracle_of(cohort), "n_folds": folds.groupby("repeat").fold.nunique().max(),
              "flow": [vars(step) for step in cohort.flow]}
     write_json(run.path("summary.json"), facts)
