@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHOWN', 'STUDIES', 'PLANNED', 'NOT_BUILT', 'CORES', 'MANIFEST', 'DATA', 'SET', 'WORKERS', 'SEED', 'VERBS',
            'wrapped_table', 'say', 'settings_of', 'do_phantom', 'do_check', 'do_describe', 'run_study', 'do_run',
-           'do_evaluate', 'do_audit', 'do_report', 'do_demo', 'do_predict', 'do_not_built', 'Verb', 'argument',
-           'build_parser', 'main']
+           'do_evaluate', 'do_audit', 'do_report', 'do_demo', 'do_predict', 'do_explain', 'do_not_built', 'Verb',
+           'argument', 'build_parser', 'main']
 
 # %% ../nbs/71_cli.ipynb #12dfd551
 import argparse
@@ -203,9 +203,16 @@ def do_predict(options):
     say(f"\nPredictions: {options.out}\nResearch software, no medical device: nothing here is meant for the care of a patient.")
     return 0
 
-# %% ../nbs/71_cli.ipynb #c63c38df
-NOT_BUILT = {"preprocess": "from scanner to atlas", "radiomics": "PyRadiomics features",
-             "explain": "saliency and importance"}
+# %% ../nbs/71_cli.ipynb #1f9a6d1a
+def do_explain(options):
+    "Why the nets of a run say what they say."
+    from brainmets.studies.explain import explain_run
+    page = explain_run(options.run, options.manifest, options.data, options.out, options.model, settings_of(options.set), options.workers, sys.stderr.isatty())
+    say(f"Explanation: {page}")
+    return 0
+
+# %% ../nbs/71_cli.ipynb #0bb1b1e0
+NOT_BUILT = {"preprocess": "from scanner to atlas", "radiomics": "PyRadiomics features"}
 
 
 def do_not_built(options):
@@ -232,7 +239,7 @@ SET = argument("--set", action="append", metavar="KEY=VALUE", help="lay a value 
 WORKERS = argument("--workers", type=int, default=min(2, CORES), metavar="N", help="worker processes (default: %(default)s)")
 SEED = argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 
-# %% ../nbs/71_cli.ipynb #5ac53be0
+# %% ../nbs/71_cli.ipynb #5ff30804
 VERBS = (
     Verb("demo", do_demo, "The main job on the phantom cohort; ends in DIR/report.html.", "brainmets demo --out demo",
          (argument("--out", required=True, metavar="DIR", help="folder for everything"), argument("--patients", type=int, default=120, metavar="N", help="patients of the phantom (default: %(default)s)"),
@@ -270,6 +277,10 @@ VERBS = (
          "brainmets predict run-hybrid new.toml --data new --out predictions.csv",
          (argument("run", metavar="RUN", help="folder of a hybrid run"), MANIFEST, DATA, SET, argument("--out", required=True, metavar="FILE", help="csv; maps go into a folder beside it"),
           argument("--model", metavar="NAME", help="a model of the run (default: the first)"), argument("--no-maps", action="store_true", help="draw no Grad-CAM"), WORKERS)),
+    Verb("explain", do_explain, "Importance of columns and maps of the nets of a hybrid run, on patients that each net did not learn from.",
+         "brainmets explain run-hybrid cohort/phantom.toml --data cohort --out explanation",
+         (argument("run", metavar="RUN", help="folder of a hybrid run"), MANIFEST, DATA, SET, argument("--out", required=True, metavar="DIR", help="folder for the page, tables, pictures and volumes"),
+          argument("--model", metavar="NAME", help="a model of the run (default: the first)"), WORKERS)),
     Verb("report", do_report, "One page for one or several runs.", "brainmets report run --out report.html",
          (argument("runs", nargs="+", metavar="RUN", help="run folders"), argument("--out", required=True, metavar="FILE", help="html file"))))
 

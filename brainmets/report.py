@@ -7,7 +7,7 @@ __all__ = ['LIMITS', 'CHECKLISTS', 'Results', 'read_results', 'flow_box', 'cohor
            'hazards_section', 'provenance_section', 'run_notices', 'run_sections', 'checklist_section',
            'report_sections', 'report_notices', 'write_report']
 
-# %% ../nbs/70_report.ipynb #1705183c
+# %% ../nbs/70_report.ipynb #90ab168a
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .evaluation import read_evaluation
 from .pages import Details, FlowBox, FlowStage, Heading, KeyValues, Links, Notice, Paragraph, Section, Table, write_page
 from .results_pages import Shown, audit_notices, audit_section, evaluation_sections
 from .runs import read_run
+from .studies.hybrid_results import hybrid_sections
 from .tables import DataError, listed, read_json, read_table
 
 # %% ../nbs/70_report.ipynb #5a41f1be
@@ -73,12 +74,16 @@ def cohort_section(results):
     if len(shown): blocks.append(Details(f"Findings of the check: {len(shown)}", (Table(shown, "Findings of the check"),)))
     return Section("Cohort", tuple(blocks))
 
-# %% ../nbs/70_report.ipynb #e0ce71f0
+# %% ../nbs/70_report.ipynb #6440e539
 def split_section(results):
     "How patients were split."
     counts = results.folds.astype({c: int for c in ("n_patients", "n_samples", "n_events") if c in results.folds}, errors="ignore")
-    text = (f"Patients are split, never samples: {results.summary['n_folds']} folds, each patient is in the test part once a repeat. Imputation, scaling, selection and the "
-            "penalty are fitted on the training patients of a fold, the penalty by an inner cross-validation among them.")
+    n_folds = int(results.summary["n_folds"])
+    tested = f"{n_folds} folds, each patient is in the test part once a repeat" if n_folds > 1 else "one test part"
+    text = (f"Patients are split, never samples: {tested}. Imputation, scaling, selection and the penalty are fitted on the training patients of a fold, the penalty by an inner cross-validation among them."
+            + " Each net stops on other patients than it learns from." * (results.summary["study"] == "hybrid"))
+    if (results.folder/"processed_train.csv").exists():
+        text = "Slices were split, as published: slices of one patient stand in training and test. The same nets with patients split stand beside it. The scores of the split by slices must not be used."
     return Section("Split", (Paragraph(text), Details("Folds and partitions", (Table(counts, "Patients, samples and events of each part"),))))
 
 # %% ../nbs/70_report.ipynb #b15af10c
@@ -116,7 +121,7 @@ def provenance_section(results):
     if len(dropped): blocks.append(Details(f"Columns dropped by encoders: {len(dropped)}", (Table(dropped, "Columns that were constant or copies among training patients"),)))
     return Section("Provenance", tuple(blocks))
 
-# %% ../nbs/70_report.ipynb #b67e93e0
+# %% ../nbs/70_report.ipynb #c3799b7e
 LIMITS = "Research software, no medical device: nothing here is meant for the care of a patient."
 
 
@@ -131,7 +136,8 @@ def run_notices(results):
 
 def run_sections(results, page_folder): # page_folder: resolved folder of the page
     "The sections of one run."
-    return [cohort_section(results), split_section(results), models_section(results), *evaluation_sections(results.shown), *hazards_section(results), audit_section(results.audit),
+    own = hybrid_sections(results.folder, with_errors=False) if results.summary["study"] == "hybrid" else []
+    return [cohort_section(results), split_section(results), models_section(results), *own, *evaluation_sections(results.shown), *hazards_section(results), audit_section(results.audit),
             provenance_section(results), *checklist_section(results, page_folder)]
 
 

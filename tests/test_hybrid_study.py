@@ -48,11 +48,11 @@ def finished(phantom):
 
 def test_run_says_what_was_asked(finished):
     folder, said = finished
-    assert "R2 per patient, hybrid-resnet10t" in said and "R2 per slice, hybrid-resnet10t" in said and "Interval 'patient'" in said and "oracle, all" in said
+    assert "R2 per patient, hybrid-test_resnet" in said and "R2 per slice, hybrid-test_resnet" in said and "Interval 'patient'" in said and "oracle, all" in said
     for name in ("config.toml", "folds.csv", "predictions.csv", "slices.csv", "metrics.csv", "intervals.csv", "validation.csv", "latency.csv", "nets.csv", "audit.md", "report.html", "provenance.json"):
         assert (folder/name).is_file(), name
     models = set(pd.read_csv(folder/"predictions.csv").model)
-    assert {"hybrid-resnet10t", "hybrid-resnet10t-best", "tabular-only", "volume", "cox"} <= models
+    assert {"hybrid-test_resnet", "hybrid-test_resnet-best", "tabular-only", "volume", "cox"} <= models
     assert json.loads((folder/"audit.json").read_text())["counts"]["void"] == 0
 
 
@@ -61,7 +61,7 @@ def test_killed_run_goes_on_and_ends_the_same(finished, phantom):
     folder, out = finished[0], phantom/"killed"
     command = words("run", "hybrid", phantom/"cohort"/"phantom.toml", "--data", phantom/"cohort", "--out", out, "--cache", phantom/"cache", "--workers", 1, **SMALL)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, cwd=ROOT)
-    checkpoint, until = out/"members"/"repeat-0_fold-1"/"hybrid-resnet10t"/"inner-0"/"checkpoint.json", time.monotonic() + 200
+    checkpoint, until = out/"members"/"repeat-0_fold-1"/"hybrid-test_resnet"/"inner-0"/"checkpoint.json", time.monotonic() + 200
     while not checkpoint.exists() and time.monotonic() < until and process.poll() is None: time.sleep(.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -82,7 +82,7 @@ def test_slices_split_is_void_beside_patients_at_chance(tmp_path):
     assert done.returncode == 1 and "VOID" in done.stdout, done.stderr[-3000:]
     metrics = pd.read_csv(tmp_path/"run"/"metrics.csv")
     r2 = metrics[(metrics.metric == "R2") & (metrics.scope == "pooled")].set_index("model").estimate
-    assert r2["hybrid-resnet10t-by-slice"] > .9 and r2["hybrid-resnet10t-by-patient"] < .2
+    assert r2["hybrid-test_resnet-by-slice"] > .9 and r2["hybrid-test_resnet-by-patient"] < .2
     assert "VOID" in (tmp_path/"run"/"report.html").read_text()
     counts = [len(pd.read_csv(tmp_path/"run"/f"processed_{part}.csv")) for part in ("train", "val", "test")]
     assert counts[0] == int(.7*sum(counts))
@@ -135,7 +135,7 @@ def test_paper_preset_reads_the_real_grid():
 
 def test_damaged_weights_are_refused(finished, phantom, tmp_path):
     shutil.copytree(finished[0], tmp_path/"run", ignore=shutil.ignore_patterns("cache"))
-    path = tmp_path/"run"/"members"/"repeat-0_fold-0"/"hybrid-resnet10t"/"inner-0"/"net.safetensors"
+    path = tmp_path/"run"/"members"/"repeat-0_fold-0"/"hybrid-test_resnet"/"inner-0"/"net.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)

@@ -132,8 +132,8 @@ PLACES = {
     "while the second checkpoint is written": ({"file": ("checkpoint-2.safetensors", 1)}, 1),
     "before the second checkpoint counts": ({"file": ("checkpoint.json", 2)}, 1),
     "before the history of the fourth epoch": ({"file": ("history.csv", 4)}, 4),
-    "after the last checkpoint, before its best weights": ({"file": ("best.safetensors", 6)}, 6),
-    "between the best weights and their hash": ({"file": ("best.json", 6)}, 6),
+    "before the last best weights": ({"file": ("best.safetensors", 6)}, 5),
+    "between the best weights and their hash": ({"file": ("best.json", 6)}, 5),
     "after all but the last history": ({"file": ("history.csv", 6)}, 6),
 }
 

@@ -18,7 +18,7 @@ from ..tables import DataError, listed, suggestion
 from ..train.hybrid import Arm
 from ..train.learner import TrainConfig
 
-# %% ../../nbs/57_hybrid_settings.ipynb #22b602b4
+# %% ../../nbs/57_hybrid_settings.ipynb #e1d648af
 @dataclass(frozen=True)
 class HybridStudyConfig:
     "Settings of the hybrid study."
@@ -39,7 +39,8 @@ class HybridStudyConfig:
     id_pattern: str = ""
     backbones: tuple = ("resnet50", "efficientnet_b0")
     weights: str = "imagenet"        # or "none", or a local safetensors file
-    fusion: str = "concat"           # or "gated", "attention"
+    fusion: str = "concat"           # as published; or "gated", "attention"
+    fusion_width: int = 128          # of "gated" and "attention"
     tabular_sizes: tuple = (32, 16)
     head_sizes: tuple = (128, 64)
     dropout: float = 0.3
@@ -55,6 +56,7 @@ class HybridStudyConfig:
     patience: int = 3
     clip_norm: float = 0.0           # 0: gradients are not clipped
     read_workers: int = 4            # processes that read slices
+    checkpoint_seconds: float = 20.0 # a killed run loses at most so much, or one epoch
     device: str = "auto"
     how: str = "mean"                # how slices become a scan, or "median"
     n_passes: int = 50               # with dropout
@@ -62,12 +64,12 @@ class HybridStudyConfig:
     level: float = 0.95
     horizons_months: tuple = (6, 12, 24)
 
-# %% ../../nbs/57_hybrid_settings.ipynb #a6396cb8
-QUICK = dict(n_members=4, channels="sequences", image_size=64, min_tumor_voxels=1, slices_per_scan=4, backbones=("resnet10t",), weights="none", tabular_sizes=(8,), head_sizes=(8,),
-             epochs=(12,), lr=3e-3, optimiser="adamw", weight_decay=3.0, read_workers=0, n_passes=20)
+# %% ../../nbs/57_hybrid_settings.ipynb #a6e6b981
+QUICK = dict(n_members=5, channels="sequences", image_size=32, min_tumor_voxels=1, slices_per_scan=2, backbones=("test_resnet",), weights="none", fusion="gated", fusion_width=8, tabular_sizes=(8,),
+             head_sizes=(8,), epochs=(12,), lr=3e-3, encoder_lr_factor=0.03, optimiser="adamw", weight_decay=3.0, read_workers=0, n_passes=20)
 PRESETS = {"quick": QUICK, "paper": dict(protocol="hold-out", loss="mse", loss_unit="days", n_resamples=2000)}
 AS_PUBLISHED = dict(loss="mse", loss_unit="standardised")   # with split = "slice": censored times are taken for deaths, as published
-QUICK_SLICES = dict(epochs=(40,), patience=10, weight_decay=0.0, slices_per_scan=0, tabular_sizes=(32, 16), head_sizes=(128, 64), image_size=32)
+QUICK_SLICES = dict(epochs=(40,), patience=10, min_tumor_voxels=0, weight_decay=0.0, slices_per_scan=0, fusion="concat", encoder_lr_factor=1.0, tabular_sizes=(32, 16), head_sizes=(128, 64))
 CHOICES = {"split": ("patient", "slice"), "protocol": ("k-fold", "hold-out"), "volumes": ("auto", "masks", "table")}
 
 
@@ -88,7 +90,7 @@ def hybrid_study_config(preset="quick", # a key of PRESETS
     if odd: raise DataError(f"ablations = {listed(odd)}: expected image, tabular, or none of them.")
     return config
 
-# %% ../../nbs/57_hybrid_settings.ipynb #1ddd50ac
+# %% ../../nbs/57_hybrid_settings.ipynb #8aff84b9
 def slice_config(config): # HybridStudyConfig
     "How volumes become slices."
     return SliceConfig(sequences=tuple(config.sequences), channels=config.channels, size=config.image_size, ids=config.ids, id_pattern=config.id_pattern, min_tumor_voxels=config.min_tumor_voxels)
@@ -98,14 +100,14 @@ def _net(config, backbone, inputs="both"):
     "Settings of one net; its number of columns is set when they are known."
     fusion = config.fusion if inputs == "both" else "concat"
     weights = config.weights if inputs != "tabular" else "none"
-    return HybridConfig(backbone=backbone, weights=weights, fusion=fusion, inputs=inputs, tabular_sizes=tuple(config.tabular_sizes), head_sizes=tuple(config.head_sizes),
+    return HybridConfig(backbone=backbone, weights=weights, fusion=fusion, fusion_width=config.fusion_width, inputs=inputs, tabular_sizes=tuple(config.tabular_sizes), head_sizes=tuple(config.head_sizes),
                         dropout=config.dropout, image_size=config.image_size)
 
 
 def train_config(config, epochs):
     "How one net is trained."
     return TrainConfig(epochs=int(epochs), batch_size=config.batch_size, lr=config.lr, encoder_lr_factor=config.encoder_lr_factor, optimiser=config.optimiser, weight_decay=config.weight_decay, patience=config.patience,
-                       clip_norm=config.clip_norm or None, n_workers=config.read_workers, device=config.device)
+                       clip_norm=config.clip_norm or None, n_workers=config.read_workers, checkpoint_seconds=config.checkpoint_seconds, device=config.device)
 
 
 def make_arms(config):

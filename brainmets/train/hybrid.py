@@ -135,7 +135,7 @@ def fit_arm(arm, folder, cache, train_rows, other_rows, # rows of slices
     if arm.n_passes and arm.net.dropout: passes = locate(losses[best], outputs_of(nets[best], cache, other_rows, tabular, n_passes=arm.n_passes, seed=seed))
     return Fitted(arm, losses, histories, pd.concat(parts), np.stack(other), passes)
 
-# %% ../../nbs/49_hybrid_members.ipynb #cd98eece
+# %% ../../nbs/49_hybrid_members.ipynb #5f77c6e8
 def _scans(place, rows, arm): # place (..., slices)
     names, places = to_scans(place, rows["scan_id"], arm.how)
     return names, places
@@ -154,12 +154,12 @@ def scan_table(model, axis, error, names, draws, days=()): # draws (k, m) places
     table = pd.DataFrame({"model": model, "sample_id": names, "risk": -place})
     if axis.name == "hazard": return table
     low, high = patient_interval(axis, error, draws)
-    table = table.assign(predicted_days=axis.days(place + median_shift(axis, error.sigma)), predicted_low_days=low, predicted_high_days=high)
+    table = table.assign(predicted_days=_median_days(axis, error, place), predicted_low_days=low, predicted_high_days=high)
     if axis.name != "log" or not len(days): return table
     curves = pd.DataFrame(survival_of(axis, error, draws, days), columns=[f"survival_{d:g}" for d in days])
     return pd.concat([table, curves.round(6)], axis=1)
 
-# %% ../../nbs/49_hybrid_members.ipynb #83364cfd
+# %% ../../nbs/49_hybrid_members.ipynb #0aa7d4d2
 def spread_table(fitted, axis, error, names, draws, passes): # draws (nets, m), passes (passes, m)
     "One row a scan and kind of interval: low_days and high_days."
     if axis.name == "hazard": return pd.DataFrame(columns=["model", "sample_id", "kind", "low_days", "high_days"])
@@ -169,13 +169,16 @@ def spread_table(fitted, axis, error, names, draws, passes): # draws (nets, m), 
     return pd.concat([pd.DataFrame({"model": fitted.arm.name, "sample_id": names, "kind": kind, "low_days": low, "high_days": high}) for kind, (low, high) in found.items()], ignore_index=True)
 
 
-def slice_table(fitted, axis, rows):
-    "One row a slice of the others: its place by the mean of the nets, in days where there are any."
+def _median_days(axis, error, place): return axis.days(place + (median_shift(axis, error.sigma) if error else 0))
+
+
+def slice_table(fitted, axis, error, rows):
+    "One row a slice of the others: its risk by the mean of the nets, and the median days where there are any."
     place = fitted.other.mean(0)
     named = rows[["patient_id", "scan_id", "sample_id", "sequence", "slice_index"]].reset_index(drop=True)
-    return named.assign(model=fitted.arm.name, risk=-place, predicted_days=axis.days(place))
+    return named.assign(model=fitted.arm.name, risk=-place, predicted_days=_median_days(axis, error, place))
 
-# %% ../../nbs/49_hybrid_members.ipynb #93a7f718
+# %% ../../nbs/49_hybrid_members.ipynb #a9bd03d6
 @dataclass(frozen=True, eq=False)
 class ArmTables:
     "What an arm says in one fold."
@@ -185,7 +188,7 @@ class ArmTables:
     own_days: np.ndarray   # for each slice of the training patients, by the net that did not learn from them
 
 
-BEST = " (best net)"
+BEST = "-best"
 
 
 def tables_of(fitted, other_rows, # Fitted, and the rows that it predicted
@@ -198,7 +201,7 @@ def tables_of(fitted, other_rows, # Fitted, and the rows that it predicted
     table = partial(scan_table, axis=axis, error=error)
     found = [table(arm.name, names=own_names, draws=own[None]), table(arm.name, names=names, draws=draws, days=days)]
     if with_best: found += [table(arm.name + BEST, names=own_names, draws=own[None]), table(arm.name + BEST, names=names, draws=draws[[fitted.best]], days=days)]
-    return ArmTables(pd.concat(found, ignore_index=True), spread_table(fitted, axis, error, names, draws, passes), slice_table(fitted, axis, other_rows), axis.days(fitted.own["place"].to_numpy())), error
+    return ArmTables(pd.concat(found, ignore_index=True), spread_table(fitted, axis, error, names, draws, passes), slice_table(fitted, axis, error, other_rows), _median_days(axis, error, fitted.own["place"].to_numpy())), error
 
 # %% ../../nbs/49_hybrid_members.ipynb #8210bc73
 def keep_arm(fitted, folder, error):

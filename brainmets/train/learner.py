@@ -15,7 +15,7 @@ __all__ = ['OPTIMISERS', 'SCHEDULES', 'OF_THE_MACHINE', 'OF_THE_LOSS', 'CHECKPOI
            'make_learner', 'History', 'read_history', 'fit_member', 'evaluating', 'predict', 'find_learning_rate',
            'plot_history']
 
-# %% ../../nbs/47_learner.ipynb #af85bc96
+# %% ../../nbs/47_learner.ipynb #df03b244
 import copy
 import hashlib
 import math
@@ -27,9 +27,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# %% ../../nbs/47_learner.ipynb #02befd78
 try: import fcntl
 except ImportError: fcntl = None  # Windows
 
+# %% ../../nbs/47_learner.ipynb #f649d202
 import numpy as np
 import pandas as pd
 import torch
@@ -53,10 +55,10 @@ from ..pages import FAINT, INK, PALETTE, new_figure
 from ..runs import identity
 from ..tables import DataError, listed, plain, read_json, suggestion, write_bytes, write_json, write_table
 
-# %% ../../nbs/47_learner.ipynb #df2547eb
+# %% ../../nbs/47_learner.ipynb #b1743276
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 SCHEDULES = {"flat": Learner.fit, "one-cycle": Learner.fit_one_cycle}
-OF_THE_MACHINE = ("n_workers", "pin_memory", "max_minutes", "device")  # may change when a stopped run goes on
+OF_THE_MACHINE = ("n_workers", "pin_memory", "checkpoint_seconds", "max_minutes", "device")  # may change when a stopped run goes on
 
 
 def check_choice(name, value, known):
@@ -77,7 +79,7 @@ def _check_numbers(config):
         if ("lr" in name or value is not None) and not (is_number(value) and value > 0): refuse(name, "a number above 0")
     if not is_number(config.weight_decay) or config.weight_decay < 0: refuse("weight_decay", "a number from 0")
 
-# %% ../../nbs/47_learner.ipynb #b372f633
+# %% ../../nbs/47_learner.ipynb #fad2cfdc
 @dataclass(frozen=True)
 class TrainConfig:
     "How a network is trained."
@@ -94,6 +96,7 @@ class TrainConfig:
     accumulate: int = 1 # batches for each step of the optimiser
     n_workers: int = 0 # processes that read the data
     pin_memory: bool = True # on CUDA only; off for a dataset that lies on the card
+    checkpoint_seconds: float = 0.0 # at least so many between two checkpoints; 0: after each epoch
     max_minutes: float | None = None # no further epoch begins after so many, restarts included
     device: str = "auto" # 'cpu', 'cuda', or 'auto': CUDA where there is one
 
@@ -540,32 +543,45 @@ def catch_up(folder, facts):
     if best_row(rows) == len(rows) - 1 and known != rows[-1]["epoch"]:
         write_best(folder, part_of(read_tensors(folder/facts["tensors"], facts["sha256"]), "model"), rows[-1])
 
-# %% ../../nbs/47_learner.ipynb #de841136
+# %% ../../nbs/47_learner.ipynb #c339ebb5
 class SaveEpoch(Callback):
-    "Checkpoint, best weights and history after each epoch."
+    "Best weights, checkpoint and history after an epoch, but not before `every` seconds have gone by since the last; at the end in any case."
     order = 60
-    def __init__(self, folder, generator, asked, notes, facts=None):
-        self.place, self.order_generator, self.asked, self.notes, self.found, self.in_half = Path(folder), generator, asked, notes, facts, None
+    def __init__(self, folder, generator, asked, notes, facts=None, every=0.0):
+        self.place, self.order_generator, self.asked, self.notes, self.found, self.in_half, self.every = Path(folder), generator, asked, notes, facts, None, every
 
     def before_fit(self):
         "Take over what is on disk, or start from nothing."
         self.rows, self.spent, self.began, self.in_half = [], 0.0, time.monotonic(), vars(self.learn).get("half_precision")
+        self.kept, self.due, self.written = None, None, time.monotonic()
         if self.found:
             self.rows, self.spent = list(self.found["rows"]), self.found["seconds"]
             if self.in_half: self.in_half.n_skipped = self.found.get("n_skipped_steps", 0)
             restore_checkpoint(self.place, self.found, self.learn, self.order_generator)
 
+    def before_epoch(self): self.due = None  # from here on the weights are those of no finished epoch
+
     def after_epoch(self):
-        "Add a row, then write checkpoint, best weights and history in this order."
+        "Add a row, keep the best weights, and write when it is time."
         values = self.recorder.values[-1]
         if not values: return
         metrics = dict(zip(self.recorder.metric_names[2:], values[1:]))
         self.rows.append({"epoch": self.epoch + 1, "train_loss": self.training_loss.mean(), **metrics, "lr": float(self.opt.hypers[0]["lr"])})
-        facts = {"asked": self.asked, "rows": self.rows, "seconds": self.seconds(), "notes": self.notes,
-                 "n_skipped_steps": self.in_half.n_skipped if self.in_half else 0}
-        write_checkpoint(self.place, self.learn, self.order_generator, facts)
-        if best_row(self.rows) == len(self.rows) - 1: write_best(self.place, weights_of(self.learn.model, self.learn.loss_func), self.rows[-1])
+        if best_row(self.rows) == len(self.rows) - 1:
+            self.kept = {name: t.detach().clone() for name, t in weights_of(self.learn.model, self.learn.loss_func).items()}, self.rows[-1]
+        self.due = {"asked": self.asked, "rows": self.rows, "seconds": self.seconds(), "notes": self.notes, "n_skipped_steps": self.in_half.n_skipped if self.in_half else 0}
+        if time.monotonic() - self.written >= self.every: self.write()
+
+    def after_fit(self):
+        "Write what is not yet written."
+        if self.due: self.write()
+
+    def write(self):
+        "The best weights first: a checkpoint never stands without them."
+        if self.kept: write_best(self.place, *self.kept)
+        write_checkpoint(self.place, self.learn, self.order_generator, self.due)
         write_history(self.place, self.rows)
+        self.kept, self.due, self.written = None, None, time.monotonic()
 
     def seconds(self): return self.spent + time.monotonic() - self.began
 
@@ -638,14 +654,14 @@ def read_history(folder): # of a member
     skipped = [f"Mixed precision skipped {n_skipped} steps of the optimiser: gradients overflowed."] if n_skipped else []
     return History(pd.DataFrame(facts["rows"]), best["epoch"], best["valid_loss"], facts.get("stopped", ""), facts["seconds"], (*facts["notes"], *skipped))
 
-# %% ../../nbs/47_learner.ipynb #b439a7ba
+# %% ../../nbs/47_learner.ipynb #cfd1ba40
 def _train(folder, model, loss, datasets, config, seed, facts, asked, progress, metrics):
     "Train from the last finished epoch to the end."
     notes, device = check_sizes(model, *map(len, datasets), config.batch_size), training_device(config.device)
     generator = torch.Generator().manual_seed(derived_seeds(seed, 4)[3])
     loaders = (training_loader(datasets[0], config, generator, device),
                ordered_loader(datasets[1], config.batch_size, config.n_workers, config.pin_memory and device.type == "cuda"))
-    callbacks = [TrainingLoss(), RefuseNonFinite(1 if device.type == "cpu" else 20), SaveEpoch(folder, generator, asked, notes, facts), StopWhenDone(config)]
+    callbacks = [TrainingLoss(), RefuseNonFinite(1 if device.type == "cpu" else 20), SaveEpoch(folder, generator, asked, notes, facts, config.checkpoint_seconds), StopWhenDone(config)]
     with seeded(seed), deterministic(device.type == "cpu"):
         learn = make_learner(model, loss, loaders, config, device, folder, callbacks, metrics, progress)
         SCHEDULES[config.schedule](learn, config.epochs, parameter_groups(model, loss, config)[1], start_epoch=len(facts["rows"]) if facts else 0)

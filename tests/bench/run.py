@@ -6,6 +6,11 @@ reads the shape and the affine. Peak memory is that of the process that checks, 
 `metrics`: all survival metrics of one model with 1,000 resamples, on 2,000 and 20,000 patients, against scikit-survival's functions in a
 loop over the same resamples. The loop is timed on the first few of them (their number stands in the table) and scaled to 1,000; its values
 must equal ours.
+
+`slices`: reading slices in random order from the cache, against unpacking the NIfTI file for each and against one PNG file each (all give
+the same pictures); a step of training, against a plain PyTorch loop that ends with the same weights; peak memory of an epoch over 64,231
+slices; and such an epoch on the card, where there is one. On one thread; the load of the machine stands in the table. Steps are timed in
+three ways: the slope between a short and a long epoch, its processor time, and the median from one batch to the next.
 """
 import argparse
 import subprocess
@@ -20,6 +25,7 @@ import pandas as pd
 from brainmets.phantom import write_phantom
 from brainmets.tables import write_table
 from metrics import looped_seconds
+from slices import bench_slices
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHECK = """
@@ -83,7 +89,7 @@ def bench_metrics(n_patients, n_looped):
             "reference": f"scikit-survival in a loop, timed on {n_looped} resamples", "reference_seconds": reference, "times_faster": reference/seconds}
 
 
-BENCHES = {"check": lambda: [bench_check(1000)], "metrics": lambda: [bench_metrics(2000, 20), bench_metrics(20000, 2)]}
+BENCHES = {"check": lambda: [bench_check(1000)], "metrics": lambda: [bench_metrics(2000, 20), bench_metrics(20000, 2)], "slices": bench_slices}
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
