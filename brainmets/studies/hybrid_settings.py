@@ -64,9 +64,9 @@ class HybridStudyConfig:
     level: float = 0.95
     horizons_months: tuple = (6, 12, 24)
 
-# %% ../../nbs/57_hybrid_settings.ipynb #a6e6b981
+# %% ../../nbs/57_hybrid_settings.ipynb #aef67c77
 QUICK = dict(n_members=5, channels="sequences", image_size=32, min_tumor_voxels=1, slices_per_scan=2, backbones=("test_resnet",), weights="none", fusion="gated", fusion_width=8, tabular_sizes=(8,),
-             head_sizes=(8,), epochs=(12,), lr=3e-3, encoder_lr_factor=0.03, optimiser="adamw", weight_decay=3.0, read_workers=0, n_passes=20)
+             head_sizes=(8,), epochs=(16,), lr=3e-3, encoder_lr_factor=0.03, optimiser="adamw", weight_decay=3.0, read_workers=0, n_passes=20)
 PRESETS = {"quick": QUICK, "paper": dict(protocol="hold-out", loss="mse", loss_unit="days", n_resamples=2000)}
 AS_PUBLISHED = dict(loss="mse", loss_unit="standardised")   # with split = "slice": censored times are taken for deaths, as published
 QUICK_SLICES = dict(epochs=(40,), patience=10, min_tumor_voxels=0, weight_decay=0.0, slices_per_scan=0, fusion="concat", encoder_lr_factor=1.0, tabular_sizes=(32, 16), head_sizes=(128, 64))
