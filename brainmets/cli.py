@@ -8,12 +8,13 @@ __all__ = ['SHOWN', 'STUDIES', 'PLANNED', 'NOT_BUILT', 'CORES', 'MANIFEST', 'DAT
            'do_evaluate', 'do_audit', 'do_report', 'do_demo', 'do_predict', 'do_explain', 'do_not_built', 'Verb',
            'argument', 'build_parser', 'main']
 
-# %% ../nbs/71_cli.ipynb #12dfd551
+# %% ../nbs/71_cli.ipynb #bb8a3f53
 import argparse
 import os
 import shutil
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,11 +191,14 @@ def do_demo(options):
     say(f"\nThe report of the demo: {write_report([out/'run'], out/'report.html')}")
     return 0
 
-# %% ../nbs/71_cli.ipynb #c96f348e
+# %% ../nbs/71_cli.ipynb #7665732d
 def do_predict(options):
     "Predictions of a stored run for other patients."
     from brainmets.studies.hybrid_predict import predict_run
-    table = predict_run(options.run, options.manifest, options.data, options.out, options.model, settings_of(options.set), not options.no_maps, options.workers, sys.stderr.isatty())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        table = predict_run(options.run, options.manifest, options.data, options.out, options.model, settings_of(options.set), not options.no_maps, options.workers, sys.stderr.isatty())
+    for text in dict.fromkeys(str(w.message) for w in said if w.category is UserWarning): say(f"Note: {text}")
     columns = [c for c in ("sample_id", "risk", "predicted_days", "predicted_low_days", "predicted_high_days") if c in table]
     say(table[columns].round(2).head(SHOWN).to_string(index=False))
     for row in table.head(SHOWN).itertuples():
