@@ -243,7 +243,7 @@ SET = argument("--set", action="append", metavar="KEY=VALUE", help="lay a value 
 WORKERS = argument("--workers", type=int, default=min(2, CORES), metavar="N", help="worker processes (default: %(default)s)")
 SEED = argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 
-# %% ../nbs/71_cli.ipynb #5ff30804
+# %% ../nbs/71_cli.ipynb #7fd57363
 VERBS = (
     Verb("demo", do_demo, "The main job on the phantom cohort; ends in DIR/report.html.", "brainmets demo --out demo",
          (argument("--out", required=True, metavar="DIR", help="folder for everything"), argument("--patients", type=int, default=120, metavar="N", help="patients of the phantom (default: %(default)s)"),
@@ -279,7 +279,7 @@ VERBS = (
           argument("--out", metavar="DIR", help="folder for audit.json, audit.csv and audit.md"))),
     Verb("predict", do_predict, "Predictions of a stored hybrid run for new patients, with an interval, a note on how like the training patients they are, and maps.",
          "brainmets predict run-hybrid new.toml --data new --out predictions.csv",
-         (argument("run", metavar="RUN", help="folder of a hybrid run"), MANIFEST, DATA, SET, argument("--out", required=True, metavar="FILE", help="csv; maps go into a folder beside it"),
+         (argument("run", metavar="RUN", help="folder of a hybrid run"), MANIFEST, DATA, SET, argument("--out", required=True, metavar="FILE", help="csv; maps and slices go into folders beside it"),
           argument("--model", metavar="NAME", help="a model of the run (default: the first)"), argument("--no-maps", action="store_true", help="draw no Grad-CAM"), WORKERS)),
     Verb("explain", do_explain, "Importance of columns and maps of the nets of a hybrid run, on patients that each net did not learn from.",
          "brainmets explain run-hybrid cohort/phantom.toml --data cohort --out explanation",

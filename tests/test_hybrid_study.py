@@ -20,7 +20,7 @@ from brainmets.studies.hybrid_settings import hybrid_study_config, make_arms, sl
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("BRAINMETS_DATA", ROOT.parent/"shared"/"data"))/"tcga_fg_6692"
-SMALL = {"n_folds": 2, "n_members": 2, "epochs": 3, "slices_per_scan": 2, "n_resamples": 50, "n_passes": 5, "ablations": "tabular", "min_tumor_voxels": 0}
+SMALL = {"n_folds": 2, "n_members": 2, "epochs": 3, "slices_per_scan": 2, "n_resamples": 50, "n_passes": 5, "ablations": "tabular", "min_tumor_voxels": 0, "checkpoint_seconds": 0.0}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -66,6 +66,7 @@ def test_killed_run_goes_on_and_ends_the_same(finished, phantom):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoint.exists() and not (out/"predictions.csv").exists()
+    assert len(json.loads(checkpoint.read_text())["rows"]) < SMALL["epochs"], "the net was not yet finished"
     assert (out/"members"/"repeat-0_fold-0"/"done.json").exists() and not (out/"members"/"repeat-0_fold-1"/"done.json").exists()
     first = (out/"members"/"repeat-0_fold-0"/"done.json").stat().st_mtime_ns
     assert subprocess.run(command, capture_output=True, env=ENVIRONMENT, cwd=ROOT).returncode == 0

@@ -301,3 +301,14 @@ def test_skipped_steps_are_noted_also_over_a_break(half_precision_on_the_cpu, tm
     assert (tmp_path/"whole"/"best.safetensors").read_bytes() == (tmp_path/"broken"/"best.safetensors").read_bytes()
     _, small = small_fit(tmp_path/"huber", config, name="huber")
     assert not small.notes
+
+
+def test_checkpoints_by_time_change_no_result(tmp_path, monkeypatch):
+    "With a long pause between checkpoints one is written, at the end; weights and history are those of a checkpoint an epoch."
+    from brainmets.train import learner
+    written, write = [], learner.write_checkpoint
+    monkeypatch.setattr(learner, "write_checkpoint", lambda folder, *rest: written.append(folder.name) or write(folder, *rest))
+    for name, seconds in (("each", 0.0), ("last", 1e9)):
+        small_fit(tmp_path/name, learner.TrainConfig(epochs=4, batch_size=8, device="cpu", patience=9, checkpoint_seconds=seconds))
+    assert (written.count("each"), written.count("last")) == (4, 1)
+    assert results(tmp_path/"each") == results(tmp_path/"last")

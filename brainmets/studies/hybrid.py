@@ -7,7 +7,7 @@ __all__ = ['ALL', 'MODELS_SAID', 'N_TIMED', 'balanced_cohort', 'validation_table
            'Prepared', 'prepared', 'hash_table', 'arms_said', 'told', 'collected', 'slice_results', 'interval_results',
            'latency_table', 'run_patients', 'both_splits', 'fit_part', 'run_slices', 'run_hybrid', 'hybrid_text']
 
-# %% ../../nbs/61_hybrid_regression.ipynb #88a72cd3
+# %% ../../nbs/61_hybrid_regression.ipynb #e6cb2bc1
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from ..features.clinical import ClinicalEncoder
 from ..models.novelty import fit_novelty
 from ..runs import now, open_run
 from ..samples.slices import file_sha, slice_rows, slices_of_cohort, write_processed_splits
-from ..splits import describe_folds, hold_out, k_fold, slice_split
+from ..splits import hold_out, k_fold, slice_split
 from .clinical import (FitFold, Plan, clinical_config, curve_days, encode_fold, evaluate_run, joined_notices, load_for_study, make_plans, prepare,
                                         summary_text, varying_columns, with_competing_death, write_summary, write_tables)
 from .hybrid_predict import in_units
@@ -173,17 +173,16 @@ def collected(run, name, members):
     found = [read_table(run.member(m)/f"{name}.csv").assign(member=m) for m in members]
     return pd.concat(found, ignore_index=True)
 
-# %% ../../nbs/61_hybrid_regression.ipynb #8d97a831
+# %% ../../nbs/61_hybrid_regression.ipynb #ca01b4e5
 def slice_results(run, cohort, members, config):
     "Write slices.csv and slice_metrics.csv: held-out slices, each with its own error, patients resampled whole."
     known = cohort.samples[["sample_id", "time_days", "event"]].rename(columns={"sample_id": "scan_id"})
     slices = collected(run, "slices", members).merge(known, on="scan_id", validate="many_to_one")
     slices = slices.assign(partition="test", repeat=0, fold=slices.member.str.extract(r"fold-(\d+)")[0].astype(int))
     write_table(run.path("slices.csv"), slices)
-    if slices.predicted_days.isna().all(): return []
+    if slices.predicted_days.isna().all(): return
     metrics = evaluate_regression(slices, unit="sample", censoring="evaluated", n_resamples=config.n_resamples, seed=config.seed, level=config.level)
     write_table(run.path("slice_metrics.csv"), metrics)
-    return slices
 
 
 def interval_results(run, cohort, members, config):
@@ -199,12 +198,12 @@ def interval_results(run, cohort, members, config):
     named = found.model.str.split(": ", n=1, expand=True)
     write_table(run.path("intervals.csv"), found.assign(model=named[0], kind=named[1], promised=config.level))
 
-# %% ../../nbs/61_hybrid_regression.ipynb #06f0f207
+# %% ../../nbs/61_hybrid_regression.ipynb #487c77fb
 N_TIMED = 5   # scans
 
 
-def latency_table(run, member, arms, prepared, columns):
-    "Seconds that one net takes for all slices of a scan, and for reading them, on the device of this run."
+def latency_table(run, member, arms, prepared):
+    "Seconds that one net takes for all slices of a scan, reading from the cache included, and the device."
     rows = prepared.cache.samples
     scans, found = list(pd.unique(rows.scan_id))[:N_TIMED], []
     for arm in arms:
@@ -234,7 +233,7 @@ def run_patients(run, made, config, n_workers, progress):
     interval_results(run, cohort, members, config)
     write_table(run.path("validation.csv"), collected(run, "validation", members))
     write_table(run.path("nets.csv"), cost_table(config, stored_members(run.member(members[0])/arms[0].name)[0].net.config.n_tabular))
-    write_table(run.path("latency.csv"), latency_table(run, members[0], arms, made, cohort.columns))
+    write_table(run.path("latency.csv"), latency_table(run, members[0], arms, made))
     write_summary(run, cohort, plans, missing, notices, folds, study="hybrid", more=arms_said(arms))
     evaluate_run(run, predictions, cohort, config)
 

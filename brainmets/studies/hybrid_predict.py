@@ -7,7 +7,7 @@ __all__ = ['MOST_MISSING', 'N_SHOWN', 'FEWEST_CELLS', 'DAYS', 'StoredFold', 'Sto
            'load_new', 'encoded', 'in_units', 'novelty_table', 'map_layer', 'scan_maps', 'write_maps', 'joined_error',
            'places_of', 'predict_run', 'map_stem']
 
-# %% ../../nbs/58_hybrid_predict.ipynb #a81047d7
+# %% ../../nbs/58_hybrid_predict.ipynb #71d374eb
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,12 @@ from ..runs import configure, read_run, read_toml
 from ..samples.pictures import write_volume
 from ..samples.slices import slice_rows, slices_of_cohort
 from .hybrid_settings import HybridStudyConfig, make_arms, slice_config
-from ..tables import DataError, listed, suggestion, write_bytes, write_table
+from ..tables import DataError, inside, listed, suggestion, write_bytes, write_table
 from ..train.ensembles import ErrorModel, axis_of, locate, to_scans
 from ..train.hybrid import BEST, dataset_of, outputs_of, scan_features, scan_table, stored_members
 from ..volumes import read_voxels
 
-# %% ../../nbs/58_hybrid_predict.ipynb #02c40b92
+# %% ../../nbs/58_hybrid_predict.ipynb #3d733433
 @dataclass(frozen=True, eq=False)
 class StoredFold:
     "One fold of a run: encoder, nets, and what training patients looked like."
@@ -66,7 +66,7 @@ def stored_fold(folder, model, is_first=True): # is_first: the arm whose image f
     return StoredFold(folder.name, ClinicalEncoder.from_json(_text(encoder)) if encoder.is_file() else None, Reducer.from_json(_text(reducer)) if reducer.is_file() else None,
                       members, novelty, seen_by)
 
-
+# %% ../../nbs/58_hybrid_predict.ipynb #d11e5828
 def stored_study(folder, # of a finished hybrid run
                  model=None): # of its models; None: the first
     "The `StoredStudy` of a run. Another study, a leaking split or an unknown model raises `DataError`."
@@ -135,7 +135,7 @@ def novelty_table(study, samples, tabulars, features, lacking):
         rows.append({"sample_id": scan, "note_columns": "; ".join(said), "note_table": table_text, "note_image": image_text, "p_table": p_table, "p_image": p_image})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/58_hybrid_predict.ipynb #7af85aa7
+# %% ../../nbs/58_hybrid_predict.ipynb #cc566397
 N_SHOWN, FEWEST_CELLS = 4, 4
 
 
@@ -159,7 +159,7 @@ def scan_maps(study, cache, rows, tabulars):
     top = total.max()
     return total/(top if top > 0 else 1), cam
 
-
+# %% ../../nbs/58_hybrid_predict.ipynb #b5129bfc
 def _anatomy(cache, rows, sequence):
     "The pictures to draw on, 0 to 1: of the sequence, where sequences are channels."
     images, top = cache.read(rows).astype(float), 255 if cache.config.storage == "uint8" else 1
@@ -177,12 +177,12 @@ def write_maps(study, cohort, cache, rows, tabulars, folder, stem, shown="t1ce")
     best = np.sort(pool[np.argsort(-maps[pool].sum((1, 2)), kind="stable")[:N_SHOWN]])
     picked, masks = rows.iloc[best], None
     paths = cohort.images[(cohort.images.sample_id.astype(str) == scan) & (cohort.images.sequence == "mask")].path if cohort.images is not None else []
-    if len(paths): masks = mask_slices(read_voxels(Path(cohort.data_dir)/paths.iloc[0]), picked, grid, maps.shape[1:])
+    if len(paths): masks = mask_slices(read_voxels(inside(cohort.data_dir, paths.iloc[0])), picked, grid, maps.shape[1:])
     figure = overlay(_anatomy(cache, picked, shown), maps[best], masks, [f"slice {k + 1}" for k in picked.slice_index], "Grad-CAM for a higher risk")
     write_bytes(Path(folder)/f"{stem}.png", figure_png(figure))
     write_volume(Path(folder)/f"{stem}.nii.gz", stack_maps(type(cam)(maps.astype(np.float32), np.ones(len(maps)), cam.fields, cam.target), rows, grid), grid)
 
-# %% ../../nbs/58_hybrid_predict.ipynb #364de77f
+# %% ../../nbs/58_hybrid_predict.ipynb #edb9d636
 DAYS = (182.6, 365.2, 730.5)   # of the survival columns: 6, 12 and 24 months
 
 
@@ -202,10 +202,10 @@ def places_of(study, cache, rows, tabulars):
             draws.append(place)
     return names, np.stack(draws)
 
-
+# %% ../../nbs/58_hybrid_predict.ipynb #58dd549e
 def predict_run(run, # folder of a hybrid run
                 manifest, data_dir, # of new patients
-                out, # csv to write; maps go into a folder beside it, named <out>_maps
+                out, # csv to write; maps and slices go into folders beside it, <out>_maps and <out>_cache
                 model=None, # of the run; None: the first
                 settings=None, # dotted key -> value, laid over the manifest
                 maps=True, # draw Grad-CAM
@@ -219,7 +219,7 @@ def predict_run(run, # folder of a hybrid run
     tabulars = [encoded(fold, samples) for fold in study.folds]
     names, draws = places_of(study, cache, rows, tabulars)
     axis = axis_of(study.folds[0].members[0].loss)
-    table = scan_table(study.model, axis, joined_error(study), names, draws, DAYS if axis.name == "log" else ())
+    table = scan_table(study.model, axis, joined_error(study), names, draws, DAYS if axis.name == "log" else (), study.config.level)
     has_image = study.folds[0].members[0].net.image_encoder is not None
     features = [scan_features(next(m.net for m in f.members if m.name == f.seen_by), cache, rows, t) for f, t in zip(study.folds, tabulars) if f.seen_by]
     table = table.merge(novelty_table(study, samples, tabulars, features, lacking), on="sample_id")

@@ -37,7 +37,7 @@ class Arm:
     n_passes: int = 20                   # with dropout, for the spread of one net; 0: none
     level: float = 0.95                  # of the intervals
 
-# %% ../../nbs/49_hybrid_members.ipynb #6ef5ae04
+# %% ../../nbs/49_hybrid_members.ipynb #e4c963d8
 def spread_slices(rows, # rows of slices
                   n): # of each scan and sequence; 0: all
     "Rows of about evenly spaced slices, in their order."
@@ -46,7 +46,7 @@ def spread_slices(rows, # rows of slices
     order = rows.sort_values("slice_index", kind="stable").groupby(["scan_id", "sequence"], sort=False)
     place, size = order.cumcount().reindex(rows.index), order["slice_index"].transform("size").reindex(rows.index)
     wanted = np.minimum(n, size)
-    at = np.rint(np.floor(place*wanted/size))                     # part of the stack in which a slice lies
+    at = np.floor(place*wanted/size)                              # part of the stack in which a slice lies
     middle = np.floor((at + .5)*size/wanted)
     return rows[(place == middle).to_numpy()]
 
@@ -135,7 +135,7 @@ def fit_arm(arm, folder, cache, train_rows, other_rows, # rows of slices
     if arm.n_passes and arm.net.dropout: passes = locate(losses[best], outputs_of(nets[best], cache, other_rows, tabular, n_passes=arm.n_passes, seed=seed))
     return Fitted(arm, losses, histories, pd.concat(parts), np.stack(other), passes)
 
-# %% ../../nbs/49_hybrid_members.ipynb #5f77c6e8
+# %% ../../nbs/49_hybrid_members.ipynb #610de014
 def _scans(place, rows, arm): # place (..., slices)
     names, places = to_scans(place, rows["scan_id"], arm.how)
     return names, places
@@ -148,12 +148,12 @@ def error_of(fitted): # Fitted
     return fit_error(axis_of(fitted.losses[0]), place, truth["time_days"].to_numpy(float), truth["event"].to_numpy(bool))
 
 
-def scan_table(model, axis, error, names, draws, days=()): # draws (k, m) places
+def scan_table(model, axis, error, names, draws, days=(), level=0.95): # draws (k, m) places; level of the interval
     "Predictions table of scans: risk, days, interval, and S(t) at `days`."
     place = draws.mean(0)
     table = pd.DataFrame({"model": model, "sample_id": names, "risk": -place})
     if axis.name == "hazard": return table
-    low, high = patient_interval(axis, error, draws)
+    low, high = patient_interval(axis, error, draws, level)
     table = table.assign(predicted_days=_median_days(axis, error, place), predicted_low_days=low, predicted_high_days=high)
     if axis.name != "log" or not len(days): return table
     curves = pd.DataFrame(survival_of(axis, error, draws, days), columns=[f"survival_{d:g}" for d in days])
@@ -178,7 +178,7 @@ def slice_table(fitted, axis, error, rows):
     named = rows[["patient_id", "scan_id", "sample_id", "sequence", "slice_index"]].reset_index(drop=True)
     return named.assign(model=fitted.arm.name, risk=-place, predicted_days=_median_days(axis, error, place))
 
-# %% ../../nbs/49_hybrid_members.ipynb #a9bd03d6
+# %% ../../nbs/49_hybrid_members.ipynb #bcfd9c04
 @dataclass(frozen=True, eq=False)
 class ArmTables:
     "What an arm says in one fold."
@@ -198,7 +198,7 @@ def tables_of(fitted, other_rows, # Fitted, and the rows that it predicted
     own_names, own = _scans(fitted.own["place"].to_numpy(), fitted.own, arm)
     names, draws = _scans(fitted.other, other_rows, arm)
     passes = _scans(fitted.passes, other_rows, arm)[1] if len(fitted.passes) else fitted.passes
-    table = partial(scan_table, axis=axis, error=error)
+    table = partial(scan_table, axis=axis, error=error, level=arm.level)
     found = [table(arm.name, names=own_names, draws=own[None]), table(arm.name, names=names, draws=draws, days=days)]
     if with_best: found += [table(arm.name + BEST, names=own_names, draws=own[None]), table(arm.name + BEST, names=names, draws=draws[[fitted.best]], days=days)]
     return ArmTables(pd.concat(found, ignore_index=True), spread_table(fitted, axis, error, names, draws, passes), slice_table(fitted, axis, error, other_rows), _median_days(axis, error, fitted.own["place"].to_numpy())), error
