@@ -21,7 +21,8 @@ from .evaluate.leakage import (GRADES, KINDS, LEARNED, SCORED, UNITS, Finding, c
                                         check_pretraining, check_reported_variance, check_target_variance, input_names, split_counts)
 from .evaluate.validity import (VITAL, check_censoring, check_cohort, check_events, check_identifying_columns, check_input_names, check_outcome_columns,
                                          check_settings, check_steps, check_test_set, check_time_order, date_column, flat_settings, outcome_groups)
-from .runs import read_run, read_toml
+from .records import read_toml
+from .runs import read_run
 from .tables import OUTCOMES, DataError, check_columns, listed, read_json, read_table, suggestion, write_json, write_table, write_text
 from .train.crossval import patients_fingerprint
 

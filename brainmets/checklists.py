@@ -28,7 +28,8 @@ import numpy as np
 import pandas as pd
 import tomli_w
 
-from .runs import read_run, read_toml
+from .records import read_toml
+from .runs import read_run
 from .tables import DataError, listed, plain, read_json, read_table, suggestion, write_json, write_text
 from .train.crossval import patients_fingerprint
 

@@ -109,7 +109,7 @@ def note_overlaps(cohort):
                              "never use one for training and the other for testing without removing them"))
     return notes
 
-# %% ../nbs/04_checks.ipynb #a76e86d0
+# %% ../nbs/04_checks.ipynb #18573f46
 def check_headers(sample, # rows of the images table of one sample and session
                   manifest, data_dir):
     "Problems that headers show: unreadable files, other grids, no orientation. And the headers: a dict from path to `Header`."
@@ -130,8 +130,9 @@ def _check_grids(sample, headers, manifest):
     for row in rows:
         header, first = headers[row.path], headers[rows[0].path]
         report = lambda severity, code, what, remedy: problems.append(Problem(severity, code, row.patient_id, row.path, what, remedy))
-        if difference := grid_difference(first, header):
-            report("fatal", "geometry", f"{row.sequence} is not on the grid of {rows[0].sequence}: {difference}", "register and resample them to one grid first")
+        if not images.native and (difference := grid_difference(first, header)):
+            report("fatal", "geometry", f"{row.sequence} is not on the grid of {rows[0].sequence}: {difference}",
+                   "register and resample them: set images.native = true and run `brainmets preprocess`")
         if not header.has_orientation: report("warning", "orientation", "neither qform nor sform is set: left and right are not known", "convert the scan again from DICOM")
         if images.shape and tuple(images.shape) != header.shape: report("warning", "grid", f"shape {header.shape}, the publisher states {tuple(images.shape)}", "check the version of the data")
         if images.spacing_mm and not np.allclose(images.spacing_mm, header.spacing_mm, atol=1e-3):

@@ -7,8 +7,8 @@ __all__ = ['SEVERITIES', 'PLAUSIBLE_MAXIMUM', 'PARSERS', 'ANY', 'Problem', 'prob
            'need_columns', 'identify', 'FlowStep', 'is_missing', 'excluded_rows', 'apply_exclusions', 'parse_times',
            'parse_events', 'parse_labels', 'question_unit', 'parse_number', 'parse_category', 'parse_flag',
            'CohortColumn', 'parse_covariates', 'parse_features', 'find_files', 'bids_entities', 'find_bids',
-           'session_of', 'index_images', 'path_expression', 'patients_on_disk', 'report_unlisted', 'Cohort',
-           'fingerprint_of', 'examine', 'refuse_fatal', 'load_cohort']
+           'wanted_files', 'session_of', 'index_images', 'path_expression', 'patients_on_disk', 'report_unlisted',
+           'Cohort', 'fingerprint_of', 'examine', 'refuse_fatal', 'load_cohort']
 
 # %% ../nbs/03_cohort.ipynb #baee25d4
 import glob
@@ -379,10 +379,16 @@ def find_bids(root, wanted, subject):
         if all(own.get(k) == v for k, v in entities.items()) and ("ce" in entities or "ce" not in own): hits.append(inside(root, path.relative_to(root)))
     return hits
 
-# %% ../nbs/03_cohort.ipynb #f2171392
+# %% ../nbs/03_cohort.ipynb #39d1ee82
+def wanted_files(images): # images: the part of a manifest
+    "From sequence, mask, second_mask and brain to path pattern: those that the manifest names."
+    masks = {name: getattr(images, name) for name in ("mask", "second_mask", "brain")}
+    return {**images.sequences, **{name: pattern for name, pattern in masks.items() if pattern}}
+
+
 def _row_files(images, root, patient, fields):
     "The files of one row for each sequence and mask: a dict from sequence to list of paths."
-    wanted = {**images.sequences, **({"mask": images.mask} if images.mask else {}), **({"second_mask": images.second_mask} if images.second_mask else {})}
+    wanted = wanted_files(images)
     if images.layout == "bids":
         subject = re.sub("^sub-", "", patient)
         return {sequence: find_bids(root, pattern, subject) for sequence, pattern in wanted.items()}
@@ -392,7 +398,7 @@ def _row_files(images, root, patient, fields):
 def session_of(path, images, sequence, root):
     "The session of a file: its BIDS entity, or what stands for {session} in the path pattern; else ''."
     if images.layout == "bids": return bids_entities(path.name)[0].get("ses", "")
-    pattern = {**images.sequences, "mask": images.mask, "second_mask": images.second_mask}[sequence]
+    pattern = wanted_files(images)[sequence]
     if "{session" not in pattern: return ""
     match = re.fullmatch(path_expression(pattern), path.relative_to(root).as_posix())
     return match.group("session") if match else ""
@@ -417,7 +423,7 @@ def index_images(ids, manifest, data_dir, problems):
 
 def _report_count(patient, sequence, paths, sessions, images, problems):
     "One file for each sequence is expected: report none (unless the sequence is optional), or several in one session."
-    pattern = {**images.sequences, "mask": images.mask, "second_mask": images.second_mask}[sequence]
+    pattern = wanted_files(images)[sequence]
     if not paths and sequence not in images.optional:
         problems.append(Problem("fatal", "missing-file", patient, pattern, f"no file for {sequence}", "complete the download, list the sequence under images.optional, or exclude the patient"))
     if len(sessions) > len(set(sessions)):

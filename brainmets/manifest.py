@@ -138,7 +138,7 @@ class FeatureGroup(Part):
     exclude: Optional[str] = None
     note: Optional[str] = None
 
-# %% ../nbs/01_manifest.ipynb #0bf5e3ff
+# %% ../nbs/01_manifest.ipynb #4ef5097c
 class ImagesPart(Part):
     "Where the images and masks are."
     layout: Literal["pattern", "bids"]
@@ -146,6 +146,8 @@ class ImagesPart(Part):
     sequences: dict[str, str]
     mask: Optional[str] = None
     second_mask: Optional[str] = None
+    brain: Optional[str] = None
+    native: bool = False
     optional: list[str] = []
     ignore_case: bool = False
     shape: Optional[tuple[int, int, int]] = None

@@ -9,7 +9,7 @@ from scipy.stats import ttest_rel, wilcoxon
 
 from brainmets.evaluate.regression import evaluate_regression
 from brainmets.pages import figure_blocks, render_page
-from brainmets.runs import write_toml
+from brainmets.records import write_toml
 from brainmets.studies.hybrid_results import (PATIENTS, PRINTED_NETS, SLICES, backbone_comparison, bias_table, cost_summary, error_blocks, fold_summary, fold_table, histories, hybrid_run, hybrid_sections,
                                               interval_table, known_patients, plot_fold_losses, plot_fold_scores, split_sentence, split_table, unit_table)
 from brainmets.tables import DataError, write_table

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-NUMBERED = sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))
+NUMBERED = sorted((ROOT/"nbs").glob("[0-9]*_*.ipynb"))
 BY_HAND = {"__init__.py", "__main__.py"}     # nbdev owns the version in __init__; __main__ only calls the command line
 
 
@@ -30,7 +30,7 @@ MODULES = {default_exp(n): n for n in NUMBERED}
 
 
 def test_numbers_are_unique_and_every_notebook_exports_one_module():
-    numbers = [n.name[:2] for n in NUMBERED]
+    numbers = [n.name.split("_")[0] for n in NUMBERED]
     assert len(set(numbers)) == len(numbers), "two notebooks share a number"
     exports = [default_exp(n) for n in NUMBERED]
     assert None not in exports, f"without default_exp: {[n.name for n, e in zip(NUMBERED, exports) if e is None]}"
@@ -57,13 +57,13 @@ def imported_modules(file):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_exported_cells_import_lower_numbers_only(module):
-    number = MODULES[module].name[:2]
+    number = MODULES[module].name.split("_")[0]
     for name, names in imported_modules(module_file(module)):
         assert "*" not in names, f"{module} imports * from {name}"
         if not name.startswith("brainmets."): continue
         target = name.removeprefix("brainmets.")
         assert target in MODULES, f"{module} imports {name}, which no notebook exports"
-        assert MODULES[target].name[:2] < number, f"{MODULES[module].name} imports {MODULES[target].name}"
+        assert MODULES[target].name.split("_")[0] < number, f"{MODULES[module].name} imports {MODULES[target].name}"
 
 
 def test_no_module_without_a_notebook():

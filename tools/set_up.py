@@ -31,11 +31,18 @@ def is_ready(): return PYTHON.exists() and STAMP.exists() and STAMP.read_text() 
 def pip(*args): subprocess.run([str(PYTHON), "-m", "pip", "--disable-pip-version-check", *args], check=True)
 
 
+def add_pyradiomics():
+    "PyRadiomics 3.0.1 has no wheel for this Python and does not say what it is built with: that is installed before it. 3.1.0 is broken."
+    pip("install", "--quiet", "--constraint", "constraints.txt", "setuptools", "wheel", "versioneer", "cython", "six")
+    pip("install", "--quiet", "--constraint", "constraints.txt", "--no-build-isolation", "--no-deps", "pyradiomics")
+
+
 def set_up():
     "Create the environment, install brainmets in editable form with its development tools, mend torchvision."
     if not PYTHON.exists(): venv.create(HOME, with_pip=True)
     STAMP.unlink(missing_ok=True)
     pip("install", "--quiet", "--constraint", "constraints.txt", "--editable", ".[dev]")
+    add_pyradiomics()
     subprocess.run([str(PYTHON), "tools/torchvision_on_cpu.py"], check=True)
     STAMP.write_text(fingerprint())
 
@@ -46,5 +53,5 @@ if __name__ == "__main__":
                  "Remedy: make PYTHON=/path/to/python3.11 ...")
     os.chdir(ROOT)
     if not is_ready():
-        print("Setting up .venv (about 3 minutes, 2.5 GB, the first time) ...", flush=True)
+        print("Setting up .venv (about 4 minutes, 3 GB, the first time) ...", flush=True)
         set_up()

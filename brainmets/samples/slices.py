@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERIFY', 'UNNAMED_HOURS', 'TEMPORARY_HOURS', 'COLUMNS', 'PROCESSED', 'Scan', 'ids_by_name', 'natural_order',
-           'scans_of', 'file_sha', 'cache_facts', 'read_record', 'remove_old', 'write_scan', 'good_record', 'slices_of',
+           'scans_of', 'cache_facts', 'read_record', 'remove_old', 'write_scan', 'good_record', 'slices_of',
            'SliceCache', 'write_slices', 'slices_of_cohort', 'read_slices', 'slice_rows', 'SliceDataset',
            'data_identity', 'ResidentSlices', 'resident', 'write_processed_splits']
 
@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 from .pictures import ON_READING, STORAGES, SliceConfig, SliceGrid, check_choice, cut_scan, normalise
+from ..records import file_sha
 from ..tables import DataError, check_columns, inside, listed, plain, read_json, suggestion, write_json, write_table
 
 # %% ../../nbs/16_slices.ipynb #0350798a
@@ -88,11 +89,6 @@ VERIFY = ("stamps", "bytes")
 
 
 def _sha(*values): return hashlib.sha256(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()
-
-
-def file_sha(path):
-    "SHA-256 of the bytes of a file."
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamp(path):

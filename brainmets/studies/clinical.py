@@ -30,7 +30,8 @@ from ..features.measured import VOLUMES, has_masks, volume_column, with_measured
 from ..features.scores import COMPOSITES, EVIDENCE, INPUTS, SCORES, find_score, score_table, why_not
 from ..models.baselines import choose_alpha, fit_cox, fit_forest, save_model
 from ..phantom import oracle_scores
-from ..runs import configure, now, open_run
+from ..records import configure, now
+from ..runs import open_run
 from ..splits import describe_folds, k_fold, leave_one_center_out, patients_of
 from ..tables import DataError, listed, read_json, read_table, write_json, write_table, write_text
 from ..train.crossval import cross_validate

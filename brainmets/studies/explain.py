@@ -32,7 +32,8 @@ from ..explain.permutation import SCORES, Score, draw_rows, encoder_groups, perm
 from ..features.measured import VOLUMES, has_masks, sample_masks
 from ..pages import FAINT, PALETTE, Columns, Details, FigureBlock, Notice, Paragraph, Section, Table, new_figure, write_page
 from ..phantom import TABLE_TERMS, TERMS, Hazard
-from ..runs import read_run, read_toml
+from ..records import read_toml
+from ..runs import read_run
 from ..samples.slices import slice_rows
 from .clinical import load_for_study
 from .hybrid import prepared

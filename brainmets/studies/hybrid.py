@@ -23,8 +23,9 @@ from ..evaluate.regression import evaluate_regression
 from ..evaluation import EvaluationConfig, evaluate, write_evaluation
 from ..features.clinical import ClinicalEncoder
 from ..models.novelty import fit_novelty
-from ..runs import now, open_run
-from ..samples.slices import file_sha, slice_rows, slices_of_cohort, write_processed_splits
+from ..records import file_sha, now
+from ..runs import open_run
+from ..samples.slices import slice_rows, slices_of_cohort, write_processed_splits
 from ..splits import hold_out, k_fold, slice_split
 from .clinical import (FitFold, Plan, clinical_config, curve_days, encode_fold, evaluate_run, joined_notices, load_for_study, make_plans, prepare,
                                         summary_text, varying_columns, with_competing_death, write_summary, write_tables)

@@ -21,7 +21,8 @@ from ..features.clinical import ClinicalEncoder, Reducer
 from ..features.measured import has_masks, with_measured_volumes
 from ..models.novelty import novelty_from_json
 from ..pages import figure_png
-from ..runs import configure, read_run, read_toml
+from ..records import configure, read_toml
+from ..runs import read_run
 from ..samples.pictures import write_volume
 from ..samples.slices import slice_rows, slices_of_cohort
 from .hybrid_settings import HybridStudyConfig, make_arms, slice_config

@@ -29,7 +29,8 @@ from ..evaluate.curves import p_text
 from ..evaluate.regression import plot_kde, plot_metrics_bar, plot_quartiles, plot_residuals, plot_scatter, regression_rows
 from ..pages import FAINT, INK, PALETTE, Columns, Details, FigureBlock, Paragraph, Section, Table, column_decimals, new_figure
 from ..results_pages import interval_text
-from ..runs import read_run, read_toml
+from ..records import read_toml
+from ..runs import read_run
 from ..tables import DataError, check_columns, listed, read_table, suggestion
 
 # %% ../../nbs/59_hybrid_results.ipynb #c99c6fa1

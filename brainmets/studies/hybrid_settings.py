@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from ..models.hybrid import HybridConfig, HybridNet, count_operations, count_parameters
-from ..runs import configure
+from ..records import configure
 from ..samples.pictures import SliceConfig
 from ..tables import DataError, listed, suggestion
 from ..train.hybrid import Arm
