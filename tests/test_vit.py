@@ -57,7 +57,6 @@ def test_published_size_has_maps(paper):
 
 def test_encoder_is_that_of_monai():
     "The paper built on MONAI's ViT: with the same weights the same CLS state, for einsum attention. Its fused attention drops weights in eval mode; ours does not."
-    pytest.importorskip("einops", reason="MONAI's ViT needs einops: pip install einops")
     from monai.networks.nets import ViT
     config = vit_config("quick", **SMALL, n_registers=0, cls_sd=1.0, dropout=0.2)
     net = ViTNet(config).eval()

@@ -165,7 +165,7 @@ def prepared(unit, data_dir, settings, atlas, stages):
         carried = {s: resampled_labels(f, atlas.space, totals[settings.reference], settings.masks) for s, f in drawn.items()}
     with stages("intensity"): final, scale = scaled(moved, carried["brain"].array > 0, settings)
     with stages("measure"): found = similarity(scans, moved, matrices, onward, atlas, settings.reference)
-    facts = {"similarity": found, "brain": {**brain_facts, "dice_given": None}, "intensity": {"scale": settings.scale, "where": settings.where, **scale}}
+    facts = {"reference": settings.reference, "similarity": found, "brain": {**brain_facts, "dice_given": None}, "intensity": {"scale": settings.scale, "where": settings.where, **scale}}
     return final, carried, {s: (totals[s], Space(scans[s].array.shape, scans[s].affine)) for s in scans}, facts
 
 # %% ../../nbs/123_pipeline.ipynb #10602768
@@ -229,7 +229,7 @@ def worker_pool(workers, scheduler=None):
         yield {"n_jobs": workers}
         return
     from distributed import Client
-    try: client = Client(scheduler, timeout="20s")
+    try: client = Client(scheduler, timeout="10s")
     except (OSError, TimeoutError, ValueError) as error:
         raise DataError(f"no Dask scheduler at '{scheduler}' ({error}). Expected an address such as tcp://host:8786. Remedy: start `dask scheduler` and `dask worker`, or leave --scheduler out.") from None
     with client:
