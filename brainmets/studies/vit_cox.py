@@ -181,7 +181,7 @@ def missing_jobs(run, config):
     home, arms = run.member(member_name(0, 0)), make_arms(config)
     return [k for k in range(config.n_members) if not all((member_folder(home, arm, k)/"net.json").is_file() for arm in arms)]
 
-# %% ../../nbs/63_vit_cox.ipynb #50e34589
+# %% ../../nbs/63_vit_cox.ipynb #283b7b1c
 def net_of(model):
     "Number of the net that a model is, '' for others."
     return model.rpartition(NET)[2] if NET in model else ""
@@ -210,7 +210,9 @@ def volume_agreement(predictions, samples, column, n_resamples=1000, seed=0, lev
     rng, found = np.random.default_rng(seed), []
     for model, part in rows.groupby("model", sort=False):
         part = part.groupby("patient_id")[["risk", column]].mean()
-        draws = [spearmanr(*part.to_numpy()[rng.integers(len(part), size=len(part))].T)[0] for _ in range(n_resamples)]
+        if len(part) < 3 or part.nunique().min() < 2: continue     # a constant has no rank
+        ranks = part.rank().to_numpy()
+        draws = [spearmanr(*ranks[rng.integers(len(ranks), size=len(ranks))].T)[0] for _ in range(n_resamples)]
         low, high = np.nanquantile(draws, [(1 - level)/2, (1 + level)/2])
         found.append({"model": model, "volume": column, "spearman": spearmanr(part.risk, part[column])[0], "low": low, "high": high, "n_patients": len(part)})
     return pd.DataFrame(found)
@@ -251,7 +253,7 @@ def hash_table(cache):
     rows = cache.samples[["patient_id", "scan_id", "shard"]]
     return rows.assign(fingerprint=[file_sha(cache.home/shard) for shard in rows.shard]).drop(columns="shard").reset_index(drop=True)
 
-# %% ../../nbs/63_vit_cox.ipynb #76e43517
+# %% ../../nbs/63_vit_cox.ipynb #5aed76e1
 def write_results(run, made, predictions, config):
     "Everything of a run that needs all folds."
     cohort, arms = made.cohort, made.fit.arms
@@ -270,7 +272,8 @@ def write_results(run, made, predictions, config):
     write_table(run.path("ensembles.csv"), ensemble_table(nets, pooled(metrics)))
     if config.ladder: write_table(run.path("ladder.csv"), ladder_table(predictions[~is_net], pooled(metrics), config, unit))
     column = volume_column(cohort.columns)
-    if column: write_table(run.path("volume.csv"), volume_agreement(predictions[~is_net], cohort.samples, column.name, min(config.n_resamples, 500), config.seed, config.level))
+    found = volume_agreement(predictions[~is_net], cohort.samples, column.name, min(config.n_resamples, 500), config.seed, config.level) if column else ()
+    if len(found): write_table(run.path("volume.csv"), found)
 
 # %% ../../nbs/63_vit_cox.ipynb #8ea32147
 def run_vit_cox(manifest, # path of a manifest, or a Manifest
