@@ -42,7 +42,7 @@ def test_cox_reaches_the_oracle():
 
 
 def test_interval_covers_chance_on_null():
-    found = over_seeds(12, null=True)
+    found = over_seeds(20, null=True)
     covered = (found[:, 1] <= 0.5) & (0.5 <= found[:, 2])
-    assert covered.sum() >= 10, f"{covered.sum()} of 12; estimates {found[:, 0].round(3)}"
-    assert abs(found[:, 0].mean() - 0.5) < 0.04, "no drift to either side"
+    assert covered.sum() >= 17, f"{covered.sum()} of 20; estimates {found[:, 0].round(3)}"
+    assert abs(found[:, 0].mean() - 0.5) < 0.03, "no drift to either side"
