@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["MPLBACKEND"] = "agg"  # figures are drawn, never shown
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,7 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("what", nargs="*", default=list(BENCHES), help=f"of {', '.join(BENCHES)}; default all")
     for what in options.parse_args().what:
-        table = pd.DataFrame(BENCHES[what]())
-        write_table(ROOT/"bench-results"/f"{what}.csv", table)
-        print(table.T.to_string(header=False), end="\n\n", flush=True)
+        rows = []
+        for row in BENCHES[what]():                        # each row is printed and kept when it is there: some take minutes
+            print(pd.Series(row).to_string(), end="\n\n", flush=True)
+            write_table(ROOT/"bench-results"/f"{what}.csv", pd.DataFrame(rows := [*rows, row]))
