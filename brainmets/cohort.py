@@ -10,7 +10,7 @@ __all__ = ['SEVERITIES', 'PLAUSIBLE_MAXIMUM', 'PARSERS', 'ANY', 'Problem', 'prob
            'wanted_files', 'session_of', 'index_images', 'path_expression', 'patients_on_disk', 'report_unlisted',
            'Cohort', 'fingerprint_of', 'examine', 'refuse_fatal', 'load_cohort']
 
-# %% ../nbs/03_cohort.ipynb #baee25d4
+# %% ../nbs/03_cohort.ipynb #ac4a50d1
 import glob
 import hashlib
 import re
@@ -21,7 +21,7 @@ import charset_normalizer
 import numpy as np
 import pandas as pd
 
-from .manifest import ASK, Manifest, PathField, load_manifest, open_settings, patient_fields
+from .manifest import ASK, OTHER_MASK, Manifest, PathField, load_manifest, open_settings, patient_fields
 from .tables import DataError, inside, listed, suggestion
 
 # %% ../nbs/03_cohort.ipynb #d33210c2
@@ -379,11 +379,12 @@ def find_bids(root, wanted, subject):
         if all(own.get(k) == v for k, v in entities.items()) and ("ce" in entities or "ce" not in own): hits.append(inside(root, path.relative_to(root)))
     return hits
 
-# %% ../nbs/03_cohort.ipynb #39d1ee82
+# %% ../nbs/03_cohort.ipynb #46fabffd
 def wanted_files(images): # images: the part of a manifest
-    "From sequence, mask, second_mask and brain to path pattern: those that the manifest names."
+    "From sequence, mask, second_mask, brain and other masks (mask_auto) to path pattern: those that the manifest names."
     masks = {name: getattr(images, name) for name in ("mask", "second_mask", "brain")}
-    return {**images.sequences, **{name: pattern for name, pattern in masks.items() if pattern}}
+    others = {OTHER_MASK + name: pattern for name, pattern in images.other_masks.items()}
+    return {**images.sequences, **{name: pattern for name, pattern in masks.items() if pattern}, **others}
 
 
 def _row_files(images, root, patient, fields):
@@ -418,16 +419,29 @@ def index_images(ids, manifest, data_dir, problems):
             sessions = [session_of(p, images, sequence, root) for p in paths]
             found += [(row.patient_id, row.sample_id, s, sequence, p.relative_to(Path(data_dir).resolve()).as_posix()) for s, p in zip(sessions, paths)]
             _report_count(row.patient_id, sequence, paths, sessions, images, problems)
-    return pd.DataFrame(found, columns=["patient_id", "sample_id", "session", "sequence", "path"])
+    table = pd.DataFrame(found, columns=["patient_id", "sample_id", "session", "sequence", "path"])
+    _report_other_masks(table, images, problems)
+    return table
 
 
 def _report_count(patient, sequence, paths, sessions, images, problems):
     "One file for each sequence is expected: report none (unless the sequence is optional), or several in one session."
     pattern = wanted_files(images)[sequence]
-    if not paths and sequence not in images.optional:
+    if not paths and sequence not in images.optional and not sequence.startswith(OTHER_MASK):
         problems.append(Problem("fatal", "missing-file", patient, pattern, f"no file for {sequence}", "complete the download, list the sequence under images.optional, or exclude the patient"))
     if len(sessions) > len(set(sessions)):
         problems.append(Problem("fatal", "several-files", patient, pattern, f"{len(paths)} files for {sequence}: {listed([p.name for p in paths], 3)}", "make the pattern match one file"))
+
+# %% ../nbs/03_cohort.ipynb #ba2c1f41
+def _report_other_masks(table, images, problems):
+    "Say which samples lack another mask; that all lack it is a warning, since the pattern may be wrong."
+    samples = list(dict.fromkeys(table.sample_id))
+    for name, pattern in images.other_masks.items():
+        there = set(table.sample_id[table.sequence == OTHER_MASK + name])
+        without = [s for s in samples if s not in there]
+        if not without: continue
+        problems.append(Problem("note" if there else "warning", "no-other-mask", "", pattern, f"{len(without)} of {len(samples)} samples have no {OTHER_MASK}{name}: {listed(without)}",
+                                "what asks for this mask leaves them out" if there else f"check the pattern of images.other_masks.{name}"))
 
 # %% ../nbs/03_cohort.ipynb #aad3b4f3
 def _any_field(pattern): return re.sub(r"\{[^}]*\}", "*", pattern)

@@ -11,9 +11,8 @@ __all__ = ['STREAMS', 'PRIMARY_SHARES', 'SPELLINGS', 'SHARE_CENTER_A', 'KPS_SHAR
            'cohort_tables', 'concordance', 'draw_scan', 'manifest_text', 'write_phantom', 'survival_truth',
            'oracle_scores']
 
-# %% ../nbs/06_phantom.ipynb #c75eadf7
+# %% ../nbs/06_phantom.ipynb #843599ca
 import functools
-import gzip
 import importlib.metadata
 import io
 import zipfile
@@ -32,9 +31,10 @@ from openpyxl.xml.functions import tostring
 from scipy import ndimage
 from tqdm import tqdm
 
-# %% ../nbs/06_phantom.ipynb #e5c26f48
+# %% ../nbs/06_phantom.ipynb #65051a1f
 from .phantom_images import CENTERS, LABELS, SEQUENCES, Grid, Lesion, anatomy, blank_canvas, draw_lesions, half_axes, ideal_signal, own_anatomy, scan, to_mni, voxel_points
 from .tables import DataError, listed, read_json, read_table, write_bytes, write_json, write_table, write_text
+from .volumes import nifti_bytes
 
 # %% ../nbs/06_phantom.ipynb #c5f2029b
 STREAMS = ("clinical", "lesions", "labels", "outcome", "image", "follow_up")
@@ -367,18 +367,9 @@ def draw_scan(plan, # Plan
     drawn = {s: scan(ideal_signal(canvas, s), canvas.brain, grid, scanner, session_rngs[session]) for s in SEQUENCES}
     return {**drawn, "mask": canvas.mask}
 
-# %% ../nbs/06_phantom.ipynb #6f7ddf8c
+# %% ../nbs/06_phantom.ipynb #f84012f9
 IMAGE_ROOT = "Pretreat-MetsToBrain-Masks"
 FOLLOW_UP_ROOT = "Followup-MetsToBrain-Masks"
-
-
-def _nifti_bytes(array, grid):
-    "A compressed NIfTI-1 file as bytes."
-    image = nib.Nifti1Image(array, grid.affine)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(grid.affine, 1)
-    image.set_sform(grid.affine, 1)
-    return gzip.compress(image.to_bytes(), 4, mtime=0)
 
 
 _STAMP = datetime(2000, 1, 1)
@@ -483,7 +474,7 @@ def _claim(folder, parameters):
     differ = [f"{name} {truth['phantom'].get(name)!r} (asked for {value!r})" for name, value in parameters.items() if truth["phantom"].get(name) != value]
     if differ: raise DataError(f"'{folder}' holds another phantom: {'; '.join(differ)}. Remedy: give another folder, or remove this one.")
 
-# %% ../nbs/06_phantom.ipynb #ac3af4c0
+# %% ../nbs/06_phantom.ipynb #0c1075fd
 def _truth_json(parameters):
     "What holds for the whole cohort: parameters, hazard, scales, scanners, versions."
     hazard = used_hazard(parameters["images"], parameters["null"])
@@ -512,7 +503,7 @@ def _write_scans(folder, k, parameters):
         home = folder/(FOLLOW_UP_ROOT if session else IMAGE_ROOT)/name
         paths = {s: home/f"{name}-{suffix}.nii.gz" for s, suffix in SUFFIXES.items()}
         if all(p.is_file() for p in paths.values()): continue
-        for s, array in draw_scan(plan, lesions, seed, shape, session).items(): write_bytes(paths[s], _nifti_bytes(array, Grid(shape)))
+        for s, array in draw_scan(plan, lesions, seed, shape, session).items(): write_bytes(paths[s], nifti_bytes(array, Grid(shape).affine))
 
 # %% ../nbs/06_phantom.ipynb #f1cbd745
 def write_phantom(folder, # empty or new, or an unfinished write of the same phantom

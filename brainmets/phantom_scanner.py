@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'SCALP', 'SKULL', 'GAP', 'NATIVE_ROOT', 'View', 'rigid', 'planted_motions', 'head_signal', 'BiasField',
            'bias_of', 'native_grid', 'taken', 'draw_native', 'add_native_scans']
 
-# %% ../nbs/061_phantom_scanner.ipynb #4cfeec8a
+# %% ../nbs/061_phantom_scanner.ipynb #e0ba314d
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .phantom import SUFFIXES, plan_patient, streams
 from .phantom_images import CENTERS, SEQUENCES, Grid, blank_canvas, draw_lesions, ideal_signal, own_anatomy, waves
 from .tables import DataError, read_json, write_bytes, write_json, write_text
+from .volumes import nifti_bytes
 
 # %% ../nbs/061_phantom_scanner.ipynb #d79b6de0
 @dataclass(frozen=True)
@@ -143,17 +144,8 @@ def draw_native(plan, seed, shape):
     found["brain"] = _sampled((canvas.shares.sum(0) > 0.5).astype(np.float32), grid, points, 1) > 0.5, affine
     return found, motions, fields
 
-# %% ../nbs/061_phantom_scanner.ipynb #4faa58f6
+# %% ../nbs/061_phantom_scanner.ipynb #43f78415
 NATIVE_ROOT = "native"
-
-
-def _nifti_bytes(array, affine):
-    import gzip
-    image = nib.Nifti1Image(array.astype(np.uint8) if array.dtype == bool else array, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine, 1)
-    image.set_sform(affine, 1)
-    return gzip.compress(image.to_bytes(), 4, mtime=0)
 
 
 def _native_manifest(folder):
@@ -170,8 +162,8 @@ def _write_native(folder, k, seed, shape, null):
     plan = plan_patient(seed, k, null)
     scans, motions, _ = draw_native(plan, seed, shape)
     home = folder/NATIVE_ROOT/plan.scan_id()
-    for s, suffix in SUFFIXES.items(): write_bytes(home/f"{plan.scan_id()}-{suffix}.nii.gz", _nifti_bytes(*scans[s]))
-    write_bytes(folder/"truth_brains"/f"{plan.scan_id()}.nii.gz", _nifti_bytes(*scans["brain"]))
+    for s, suffix in SUFFIXES.items(): write_bytes(home/f"{plan.scan_id()}-{suffix}.nii.gz", nifti_bytes(*scans[s]))
+    write_bytes(folder/"truth_brains"/f"{plan.scan_id()}.nii.gz", nifti_bytes(*scans["brain"]))
     return plan.scan_id(), {s: m.tolist() for s, m in motions.items()}
 
 

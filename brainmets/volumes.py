@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORNER_MM', 'Header', 'read_header', 'read_voxels', 'VoxelFacts', 'fingerprint', 'voxel_facts', 'corner_distance_mm',
-           'grid_difference']
+           'grid_difference', 'dice', 'nifti_bytes']
 
 # %% ../nbs/02_volumes.ipynb #5b521ad8
 import gzip
@@ -194,3 +194,19 @@ def grid_difference(a, b):
 
 
 def _rounded(header): return tuple(round(s, 3) for s in header.spacing_mm)
+
+# %% ../nbs/02_volumes.ipynb #ce2abac7
+def dice(a, b): # two boolean arrays of one shape
+    "Dice coefficient; NaN when both are empty (Dice 1945)."
+    total = a.sum() + b.sum()
+    return float(2*(a & b).sum()/total) if total else float("nan")
+
+# %% ../nbs/02_volumes.ipynb #dbf37ae9
+def nifti_bytes(array, # (X, Y, Z), or with further axes; booleans become 0 and 1
+                affine): # (4, 4), voxel to mm, RAS+
+    "A compressed NIfTI-1 file as bytes, the same for the same array."
+    image = nib.Nifti1Image(array.astype(np.uint8) if array.dtype == bool else array, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
+    return gzip.compress(image.to_bytes(), 4, mtime=0)

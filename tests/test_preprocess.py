@@ -20,8 +20,9 @@ from brainmets.phantom_images import Grid, anatomy
 from brainmets.phantom_scanner import add_native_scans
 from brainmets.prep.brain import METHODS
 from brainmets.prep.pipeline import Unit, PrepSettings, prep_settings, prepare_unit, preprocess
-from brainmets.prep.registration import Scan, dice, read_scan, read_transform, register, resampled, resampled_labels, Space, space_of, target_error_mm, to_native, write_scan
+from brainmets.prep.registration import Scan, read_scan, read_transform, register, resampled, resampled_labels, Space, space_of, target_error_mm, to_native, write_scan
 from brainmets.tables import DataError, read_json
+from brainmets.volumes import dice
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("BRAINMETS_DATA", ROOT.parent/"shared"/"data"))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainmets.cli import main
 from brainmets.phantom import write_phantom
 from brainmets.splits import assert_disjoint
 from brainmets.studies.vit_cox import run_vit_cox, vit_text
@@ -31,6 +32,12 @@ run_vit_cox(f"{home}/cohort/phantom.toml", f"{home}/cohort", out, vit_study_conf
 
 
 def words(home, out, fold="all", **settings): return [sys.executable, "-c", SCRIPT, str(home), str(out), str(fold), json.dumps({**TINY, **settings})]
+
+
+def command(home, out, *more):
+    "Words for `brainmets`."
+    chosen = [word for name, value in TINY.items() for word in ("--set", f"study.{name}={value}")]
+    return ["run", "vit-cox", str(home/"cohort"/"phantom.toml"), "--data", str(home/"cohort"), "--out", str(out), "--cache", str(home/"crops"), "--workers", "1", *chosen, *map(str, more)]
 
 
 def study(home, out, fold=None, collect=False, **settings):
@@ -70,12 +77,15 @@ def test_no_net_learns_from_whom_it_stops_on_or_predicts(finished):
 
 
 def test_folds_as_jobs_at_a_time_equal_one_run(finished, home):
-    "Two processes start together in one new folder; the collection trains nothing."
-    started = [subprocess.Popen(words(home, home/"jobs", k), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE) for k in (0, 1)]
+    "Two processes start together in one new folder; the collection trains nothing and writes the report. All on the command line."
+    brainmets = [sys.executable, "-c", "import sys; from brainmets.cli import main; sys.exit(main())"]
+    started = [subprocess.Popen([*brainmets, *command(home, home/"jobs", "--fold", k)], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for k in (0, 1)]
     for process in started: assert process.wait() == 0, process.stderr.read().decode()[-2000:]
     written = {p: p.stat().st_mtime_ns for p in (home/"jobs").rglob("best.safetensors")}
-    run = study(home, home/"jobs", collect=True)
-    assert run.path("predictions.csv").read_bytes() == finished.path("predictions.csv").read_bytes()
+    assert main(command(home, home/"jobs", "--collect")) == 0
+    page = (home/"jobs"/"report.html").read_text()
+    assert all(words in page for words in ("Single nets and their ensembles", "Size and latency", "No finding voids the result"))
+    assert (home/"jobs"/"predictions.csv").read_bytes() == finished.path("predictions.csv").read_bytes()
     assert len(written) == 4 and written == {p: p.stat().st_mtime_ns for p in (home/"jobs").rglob("best.safetensors")}
 
 
@@ -117,6 +127,7 @@ def test_two_processes_take_the_same_steps(home, tmp_path):
 
 
 def test_bad_settings_are_refused(home, tmp_path):
+    assert main(command(home, tmp_path/"both", "--fold", 0, "--collect")) == 1 and not (tmp_path/"both").exists()
     for wrong, said in (({"compared": "vit-imgae"}, "image"), ({"net": "vti"}, "vit"), ({"test_centers": "B"}, "protocol"), ({"n_members": 1}, "2 or more")):
         with pytest.raises(DataError, match=said): vit_study_config("quick", **wrong)
     with pytest.raises(DataError, match="lacks jobs 0, 1"): study(home, tmp_path/"empty", collect=True)

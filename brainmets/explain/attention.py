@@ -131,12 +131,12 @@ def head_maps(net, image, clinical=None, layer=-1, batch_size=4):
     heads = _in_batches(lambda image, clinical: to_cells(cls_attention(attention_weights(net, image, clinical), layer), net.config), net, image, clinical, batch_size)
     return to_voxels(heads.flatten(0, 1), net.config.image_size).unflatten(0, heads.shape[:2]).numpy()
 
-# %% ../../nbs/531_attention.ipynb #fce52a82
+# %% ../../nbs/531_attention.ipynb #ce1a5290
 def coverage(maps,  # (n, X, Y, Z), 0 or more
              cores, gtvs, # (n, X, Y, Z) bool: enhancing and necrotic tumor; tumor with edema
              percentile=80.0):
     "One row a map: core_coverage and gtv_coverage with their chance `top_share`; top_in_gtv and map_in_gtv with theirs, `gtv_share`. NaN where a region or a map is empty."
-    maps, cores, gtvs = np.asarray(maps, float), np.asarray(cores) > 0, np.asarray(gtvs) > 0
+    maps, cores, gtvs = np.asarray(maps), np.asarray(cores) > 0, np.asarray(gtvs) > 0
     if maps.ndim != 4 or not maps.shape == cores.shape == gtvs.shape: raise DataError(f"maps {maps.shape}, cores {cores.shape}, gtvs {gtvs.shape}; expected the same shape (n, X, Y, Z).")
     if not 0 < percentile < 100: raise DataError(f"percentile = {percentile!r}: expected a number between 0 and 100.")
     if maps.size and not maps.min() >= 0: raise DataError("a map is negative or not finite; expected values from 0.")
@@ -152,18 +152,20 @@ def _share(part, whole): return float(part.sum()/whole.sum()) if whole.sum() > 0
 
 
 def _coverage(map_, core, gtv, percentile):
+    map_ = np.asarray(map_, float)             # one at a time: a cohort's maps fill the memory as they are
     top = top_of(map_, percentile)
     known = np.ptp(map_) > 0
     return {"core_coverage": _share(top & core, core) if known else np.nan, "gtv_coverage": _share(top & gtv, gtv) if known else np.nan, "top_share": float(top.mean()) if known else np.nan,
             "top_in_gtv": _share(top & gtv, top), "map_in_gtv": _share(map_*gtv, map_) if known else np.nan, "gtv_share": float(gtv.mean())}
 
-# %% ../../nbs/531_attention.ipynb #afbb51a4
+# %% ../../nbs/531_attention.ipynb #0bc35e2a
 def by_others(maps, regions, patient_id, percentile=80.0): # (n, X, Y, Z), (n, X, Y, Z) bool, (n,)
     "Share of each region that lies in the top of other patients' maps, mean over them: (n,); NaN where there is none."
     tops, patient_id = np.stack([top_of(np.asarray(map_, float), percentile) for map_ in maps]).reshape(len(maps), -1), np.asarray(patient_id)
     found = []
+    known = tops.any(1)
     for region, patient in zip(np.asarray(regions).reshape(len(maps), -1) > 0, patient_id):
-        others = tops[(patient_id != patient) & tops.any(1)][:, region]
+        others = tops[:, np.flatnonzero(region)][(patient_id != patient) & known]      # the region first: it is small, and there is a copy of it for each patient
         found.append(others.mean() if others.size else np.nan)
     return np.array(found)
 

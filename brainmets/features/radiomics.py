@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from .lesions import label_map, mask_rows, number_lesions
 from .radiomics_settings import SHAPES, RadiomicsSettings, custom_arguments, feature_names, pyradiomics_settings, radiomics_settings, settings_text, wanted_features
+from ..manifest import is_image
 from ..tables import DataError, check_columns, inside, listed, read_json, suggestion, write_json
 from ..volumes import Header, grid_difference, read_header, read_voxels
 
@@ -234,7 +235,7 @@ def _files_of(images, row, sequences, folder):
 
 def _sequences(images, sequences):
     "The sequences to measure; None means all."
-    known = [s for s in dict.fromkeys(images["sequence"]) if s not in ("mask", "second_mask")]
+    known = [s for s in dict.fromkeys(images["sequence"]) if is_image(s)]
     for s in sequences or ():
         if s not in known: raise DataError(f"sequences: '{s}' is not among the images; {suggestion(s, known)}")
     if not (sequences or known): raise DataError("the images table lists no image. Remedy: images.sequences in the manifest.")

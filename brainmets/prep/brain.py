@@ -7,7 +7,7 @@ __all__ = ['ATLASES', 'METHODS', 'BRAIN_ML', 'Atlas', 'make_atlas', 'mni152', 'a
            'cached_atlas', 'by_hd_bet', 'by_synthstrip', 'by_deepbet', 'by_atlas', 'by_nonzero', 'chosen_method',
            'brain_mask']
 
-# %% ../../nbs/121_brain.ipynb #db939ee1
+# %% ../../nbs/121_brain.ipynb #a488de89
 import functools
 import hashlib
 import shutil
@@ -20,8 +20,9 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from .registration import Scan, Space, dice, read_scan, register, resampled_labels, write_scan
+from .registration import Scan, Space, read_scan, register, resampled_labels, write_scan
 from ..tables import DataError, listed
+from ..volumes import dice
 
 # %% ../../nbs/121_brain.ipynb #05f175d0
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import pandas as pd
 from nilearn import datasets
 from scipy import ndimage
 
-from .registration import dice, read_transform
+from .registration import read_transform
 from ..tables import DataError, read_json
-from ..volumes import grid_difference, read_header, read_voxels
+from ..volumes import dice, grid_difference, read_header, read_voxels
 
 # %% ../../nbs/124_quality.ipynb #af73befa
 ORDER = ("t1", "t1ce", "t2", "flair")

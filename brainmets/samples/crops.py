@@ -7,14 +7,14 @@ __all__ = ['AROUND', 'SCALINGS', 'MASKS', 'STORAGES', 'ON_READING', 'EDEMA_CROPS
            'COLUMNS', 'scale_image', 'CropConfig', 'cut_crops', 'CropCache', 'crop_cases', 'crops_of_cohort',
            'read_crops', 'crop_rows', 'CropDataset', 'ResidentCrops', 'resident_crops']
 
-# %% ../../nbs/17_crops.ipynb #9180c8c6
+# %% ../../nbs/17_crops.ipynb #52a53ed1
 import hashlib
 import io
 import json
 import re
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ..features.lesion_pairs import edema_region, pair_edema
 from ..features.lesions import CORE, label_map, number_lesions, tissue_masks
+from ..manifest import is_image, is_label_mask
 from .boxes import ALIGN, CropGrid, box_center, crop_grid, cut, cut_off_share, mass_center, padded_size, place_back
 from .slices import ResidentSlices, SliceDataset, scans_of
 from ..records import file_sha
@@ -104,7 +105,7 @@ def _core(mask, tissues): return np.logical_or.reduce([tissues[t] for t in CORE 
 
 MASKS = {"graded": _graded, "core": _core, "values": lambda mask, tissues: mask.astype(np.float32), "none": None}
 
-# %% ../../nbs/17_crops.ipynb #15c9cde3
+# %% ../../nbs/17_crops.ipynb #519c4fd9
 @dataclass(frozen=True)
 class CropConfig:
     "How scans become crops."
@@ -122,6 +123,7 @@ class CropConfig:
     min_voxels: int = 1                   # smaller lesions are none
     gap_mm: float = 0.0                   # lesions no further apart are one
     reach_mm: float = 0.0                 # edema no further away belongs to a lesion
+    mask_from: str = "mask"               # which mask of the images table
     storage: str = "float16"              # or "float32"
     mean: float = 0.0                     # subtracted on reading ...
     sd: float = 1.0                       # ... before dividing by this
@@ -135,7 +137,7 @@ class CropConfig:
     @property
     def shape(self): return tuple(int(n) for n in np.broadcast_to(self.pad_to or self.size, 3))
 
-# %% ../../nbs/17_crops.ipynb #84f480a0
+# %% ../../nbs/17_crops.ipynb #0f316ceb
 STORAGES = {"float16": np.float16, "float32": np.float32}
 ON_READING = ("mean", "sd")
 
@@ -145,7 +147,8 @@ def _check_crop_config(config):
     choices = {"mask": MASKS, "around": AROUND, "align": ALIGN, "scaling": SCALINGS, "region": ("brain", "volume"), "storage": STORAGES}
     for name, known in choices.items():
         if getattr(config, name) not in known: raise DataError(f"CropConfig.{name} = {getattr(config, name)!r}: {suggestion(getattr(config, name), known)} Expected one of {', '.join(known)}.")
-    if not config.sequences or len(set(config.sequences)) < len(config.sequences) or {"mask", "brain"} & set(config.sequences):
+    if not is_label_mask(config.mask_from): raise DataError(f"CropConfig.mask_from = {config.mask_from!r}: expected mask, or another mask of the images table, such as mask_auto.")
+    if not config.sequences or len(set(config.sequences)) < len(config.sequences) or not all(map(is_image, config.sequences)):
         raise DataError(f"CropConfig.sequences = {config.sequences}: expected sequences, each once; mask and brain are none.")
     if not 0 <= config.low_percent < config.high_percent <= 100: raise DataError(f"CropConfig percentiles {config.low_percent} and {config.high_percent}: expected 0 <= low < high <= 100.")
     if min(config.min_voxels, config.gap_mm, config.reach_mm) < 0: raise DataError("CropConfig.min_voxels, gap_mm and reach_mm: expected 0 or more.")
@@ -176,16 +179,16 @@ def _channel(sequence, paths, mask, labels, config):
         name = Path(paths[sequence]).name
         raise error if name in str(error) else DataError(f"{name}: {error}") from None
 
-# %% ../../nbs/17_crops.ipynb #629de73b
+# %% ../../nbs/17_crops.ipynb #bed82fe2
 def cut_crops(paths, # dict: sequence -> path, with mask; brain where there is one
               config, # CropConfig
               labels, # dict from tissue to value(s), or LabelsPart
               wanted=None): # numbers of the lesions that count; None: all
     "The crops of one scan (n, C, X, Y, Z) as they are stored, and a list of what is known about each."
-    missing = [s for s in (*config.sequences, "mask") if s not in paths]
+    missing = [s for s in (*config.sequences, config.mask_from) if s not in paths]
     if missing: raise DataError(f"no file of sequence {listed(missing)}. Remedy: complete the scan, or leave the sequence out of CropConfig.sequences.")
     header, labels = _one_grid(paths), label_map(labels)
-    mask = read_voxels(paths["mask"])
+    mask = read_voxels(paths[config.mask_from])
     targets = AROUND[config.around](mask, header.affine, labels, config, wanted)
     grids = [crop_grid(header.affine, center, config.size, spacing_mm=config.spacing_mm, align=config.align, pad_to=config.pad_to or None) for _, _, center in targets]
     crops, padded = np.empty((len(grids), len(config.channels), *config.shape), STORAGES[config.storage]), [0.0]*len(grids)
@@ -196,7 +199,7 @@ def cut_crops(paths, # dict: sequence -> path, with mask; brain where there is o
              for (number, region, _), share, grid in zip(targets, padded, grids)]
     return crops, facts
 
-# %% ../../nbs/17_crops.ipynb #59a7493a
+# %% ../../nbs/17_crops.ipynb #882697f1
 FORMAT = 1                     # raise when cutting or the records change: older caches are then written anew
 STALE_HOURS = 24               # crops that no record names any more are kept so long for those who still read them
 
@@ -204,9 +207,14 @@ STALE_HOURS = 24               # crops that no record names any more are kept so
 def _sha(*values): return hashlib.sha256(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()
 
 
+def _fields(config):
+    "The fields of a configuration. That masks are the usual ones goes without saying, as in caches from before there was a choice."
+    return {k: v for k, v in asdict(config).items() if (k, v) != ("mask_from", "mask")}
+
+
 def _facts(config, labels):
     "All that decides on the crops but the images."
-    return plain({"format": FORMAT, "config": {k: v for k, v in asdict(config).items() if k not in ON_READING}, "labels": label_map(labels).model_dump()})
+    return plain({"format": FORMAT, "config": {k: v for k, v in _fields(config).items() if k not in ON_READING}, "labels": label_map(labels).model_dump()})
 
 
 def _stem(scan_id): return f"{re.sub(r'[^A-Za-z0-9.-]', '_', scan_id)[:60]}-{_sha(scan_id)[:8]}"
@@ -267,7 +275,7 @@ def _good_record(scan, data_dir, home, wanted, by_bytes):
     if [(f["sequence"], f["path"]) for f in record["sources"]] != list(scan.files): return None
     return record if all(_unchanged(f, inside(data_dir, f["path"]), by_bytes) for f in record["sources"]) else None
 
-# %% ../../nbs/17_crops.ipynb #5ec44312
+# %% ../../nbs/17_crops.ipynb #8e409548
 COLUMNS = ["patient_id", "sample_id", "scan_id", "label", "n_voxels", "padded_share", "cut_off_share", "shift_mm", "shard", "row"]
 
 
@@ -284,7 +292,7 @@ class CropCache:
     @property
     def identity(self):
         "SHA-256 of what the crops were made of: equal for equal images and configuration, on any machine."
-        return _sha(asdict(self.config), sorted(set(self.samples["shard"])))
+        return _sha(_fields(self.config), sorted(set(self.samples["shard"])))
 
     def read(self, rows): # rows of `samples`
         "The crops as they are stored: (n, C, X, Y, Z), in the order of the rows."
@@ -334,11 +342,16 @@ def _home(folder, config, labels, name, data_dir):
     elif read_json(home/"cache.json") != facts: raise DataError(f"{home.name}/cache.json is not what this cache was written with. Remedy: remove the folder; it is written anew.")
     return home
 
-# %% ../../nbs/17_crops.ipynb #6f8bb07d
+# %% ../../nbs/17_crops.ipynb #0935666a
 def _scans(images, config):
-    "The scans of the images table, with their brain masks where they are wanted and there."
-    with_brain = config.region == "brain" and "brain" in set(images["sequence"])
-    return scans_of(images, SimpleNamespace(ids="cohort", sequences=(*config.sequences, "brain") if with_brain else config.sequences))
+    "The scans of the images table, with the mask that is wanted, and their brain masks where they are wanted and there."
+    there = set(images["sequence"])
+    if config.mask_from != "mask":
+        if config.mask_from not in there: raise DataError(f"CropConfig.mask_from = '{config.mask_from}': no such mask; {suggestion(config.mask_from, [s for s in there if is_label_mask(s)])} Remedy: images.other_masks in the manifest.")
+        images = images[images["sequence"] != "mask"].replace({"sequence": {config.mask_from: "mask"}})
+    with_brain = config.region == "brain" and "brain" in there
+    scans = scans_of(images, SimpleNamespace(ids="cohort", sequences=(*config.sequences, "brain") if with_brain else config.sequences))
+    return [replace(s, files=tuple((config.mask_from if name == "mask" else name, path) for name, path in s.files)) for s in scans]
 
 
 def crop_cases(images, # images table: patient_id, sample_id, session, sequence, path; with masks
@@ -346,7 +359,7 @@ def crop_cases(images, # images table: patient_id, sample_id, session, sequence,
                folder, # where caches are kept; one folder a cohort and configuration is made in it
                labels, # dict from tissue to value(s), or LabelsPart of a manifest
                config=EDEMA_CROPS,
-               lesions=None, # table of the lesions that count: patient_id (sample_id where a patient has several scans), label; None: all
+               lesions=None, # table of the lesions that count, numbered in the mask of config.mask_from: patient_id (sample_id where a patient has several scans), label; None: all
                n_workers=1, # threads over scans; each holds the channels of one scan in memory
                progress=True, # show a bar
                verify="stamps", # or "bytes": trust nothing but hashes

@@ -278,7 +278,7 @@ def prepare(cohort, config, n_workers, progress):
     return with_measured_volumes(cohort, n_workers=n_workers, progress=progress)
 
 # %% ../../nbs/60_clinical.ipynb #43b36925
-ENDPOINTS = {"Survival (days)": ("c_true", "c_table"), "Time to local failure (days)": ("c_local_failure",)}   # time column of a phantom -> its oracle scores
+ENDPOINTS = {"Survival (days)": ("c_true", "c_table"), "Time to local failure (days)": ("c_local_failure",), "LC": ("c_local_failure",)}   # time column of a phantom -> its oracle scores
 
 
 def oracle_of(cohort):

@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'ENSEMBLES', 'RANK', 'NET', 'StepBatches', 'OneRiskSet', 'EpochOf', 'Bfloat16', 'Flips', 'variation',
            'VolumeArm', 'net_config', 'build_net', 'FewerChannels', 'dataset_of', 'sample_rows', 'member_folder',
            'own_folder', 'learning_parts', 'fit_net', 'stored_net', 'outputs_of', 'Reference', 'fit_reference',
-           'FittedArm', 'inner_parts', 'fit_arm', 'model_names', 'survival_columns', 'arm_table', 'validation_rows',
-           'keep_arm']
+           'FittedArm', 'inner_parts', 'fit_arm', 'asked_again', 'model_names', 'survival_columns', 'arm_table',
+           'validation_rows', 'keep_arm']
 
 # %% ../../nbs/491_vit_members.ipynb #4514caa2
 from dataclasses import asdict, dataclass, field, replace
@@ -282,6 +282,13 @@ def fit_arm(arm, folder, cache, train_rows, other_rows, tabular, inner_fold, see
         histories.append(history); references.append(fit_reference(said[0])); outputs.append(said[2])
         own.append(watched.assign(output=said[1], net=k))
     return FittedArm(arm, histories, references, pd.concat(own, ignore_index=True), np.stack(outputs))
+
+# %% ../../nbs/491_vit_members.ipynb #74cff21e
+def asked_again(fitted, folder, name, cache, rows, tabular):
+    "The `FittedArm` of that name: the stored nets of an arm on other crops of the samples to predict."
+    arm = fitted.arm
+    outputs = [outputs_of(arm, stored_net(member_folder(folder, arm, k)), cache, rows, tabular) for k in range(arm.n_members)]
+    return replace(fitted, arm=replace(arm, name=name), outputs=np.stack(outputs))
 
 # %% ../../nbs/491_vit_members.ipynb #73aa62e0
 RANK, NET = "-rank", "-net-"
