@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from lifelines import CoxPHFitter
-from lifelines.exceptions import ConvergenceError, ConvergenceWarning
+from lifelines.exceptions import ConvergenceError
 
 from ..audit import audit_run, write_audit
 from ..checks import check_columns_against_outcome, check_identifying, note_overlaps
@@ -254,10 +254,10 @@ def _cox_summary(features, samples):
     table = table if clustered else table.drop(columns="patient")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)     # rare levels; see `NOT_ESTIMABLE`
+            warnings.simplefilter("ignore")     # rare levels, see `NOT_ESTIMABLE`; and all that precedes a failure to converge
             summary = CoxPHFitter().fit(table, "time_days", "event", cluster_col="patient" if clustered else None).summary
     except ConvergenceError as error:
-        raise DataError(f"no hazard ratios: the unpenalised model does not converge ({str(error).splitlines()[0][:120]})") from None
+        raise DataError(f"no hazard ratios: the unpenalised model does not converge ({str(error).partition('. ')[0]})") from None
     return summary.mask(summary["se(coef)"] > NOT_ESTIMABLE)
 
 # %% ../../nbs/60_clinical.ipynb #1aabd62f

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from scipy.stats import spearmanr
+from scipy.stats import ConstantInputWarning, spearmanr
 from tqdm import tqdm
 
 from ..audit import audit_run, write_audit
@@ -237,7 +237,9 @@ def volume_agreement(predictions, samples, column, n_resamples=1000, seed=0, lev
         part = part.groupby("patient_id")[["risk", column]].mean()
         if len(part) < 3 or part.nunique().min() < 2: continue     # a constant has no rank
         ranks = part.rank().to_numpy()
-        draws = [spearmanr(*ranks[rng.integers(len(ranks), size=len(ranks))].T)[0] for _ in range(n_resamples)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConstantInputWarning)  # resamples of few patients
+            draws = [spearmanr(*ranks[rng.integers(len(ranks), size=len(ranks))].T)[0] for _ in range(n_resamples)]
         low, high = np.nanquantile(draws, [(1 - level)/2, (1 + level)/2])
         found.append({"model": model, "volume": column, "spearman": spearmanr(part.risk, part[column])[0], "low": low, "high": high, "n_patients": len(part)})
     return pd.DataFrame(found)
