@@ -15,8 +15,9 @@ from brainmets.phantom_aurora import AURORA_SETTINGS, write_aurora_phantom
 from brainmets.samples.boxes import cut
 from brainmets.samples.crops import CropConfig, crops_of_cohort
 from brainmets.studies.vit_cox import run_vit_cox
+from brainmets.studies.vit_results import vit_sections
 from brainmets.studies.vit_settings import crop_configs, vit_study_config
-from brainmets.tables import read_table
+from brainmets.tables import read_json, read_table
 from brainmets.volumes import read_header, read_voxels
 
 MANIFEST = Path(__file__).resolve().parent.parent/"data_manifests"/"aurora.toml"
@@ -128,9 +129,13 @@ def test_a_patient_without_the_other_mask_is_named(home, cohort, net_crops):
 
 
 def test_system_c_runs_from_the_manifest_and_settings_alone(home, cohort):
-    run = run_vit_cox(MANIFEST, home/"cohort", home/"run", vit_study_config("quick", **TINY), settings=AURORA_SETTINGS, cache_dir=home/"crops")
+    run = run_vit_cox(MANIFEST, home/"cohort", home/"run", vit_study_config("quick", **TINY, other_mask="mask_auto"), settings=AURORA_SETTINGS, cache_dir=home/"crops")
     table = read_table(run.path("predictions.csv"))
     mine = table[(table.model == "vit") & (table.partition == "test")]
     assert set(mine.patient_id) == set(cohort.samples.patient_id[cohort.samples.center == "B"])
-    assert {"vit", "cox-clinical", "volume"} <= set(table.model)
+    assert {"vit", "vit-mask_auto", "cox-clinical", "volume"} <= set(table.model)
+    asked, agreement = read_table(run.path("by_masks.csv")), read_table(run.path("masks.csv"))
+    assert "vit" in set(asked.model) and np.allclose(asked.other_estimate - asked.own_estimate, asked.difference_estimate, equal_nan=True)   # 24 patients: the test center may lack events
+    assert len(agreement) == N_PATIENTS and 0.7 < agreement.dice_core.mean() < 1 and agreement.dice_edema.mean() < 1
+    assert "Other masks" in [section.title for section in vit_sections(run.folder)] and read_json(run.path("summary.json"))["oracle"]["c_true"] > 0.5
     assert np.isfinite(table.risk).all() and pd.api.types.is_numeric_dtype(table.risk)
