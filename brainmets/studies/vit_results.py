@@ -42,7 +42,7 @@ def ensemble_blocks(folder):
             "The best net is chosen after the test and is no estimate of anything.")
     return (Table(shown, "Single nets and their ensembles", note, right=tuple(shown.columns[1:5])),)
 
-# %% ../../nbs/633_vit_results.ipynb #cc8b6a8b
+# %% ../../nbs/633_vit_results.ipynb #93ac208b
 def verdict(row): # of ladder.csv
     "What an added part did, in a word."
     if not np.isfinite(row.added_estimate): return "where the ladder starts"
@@ -54,10 +54,10 @@ def ladder_blocks(folder):
     found = table_of(folder, "ladder.csv")
     if found is None: return ()
     shown = pd.DataFrame({"model": found.model, "Harrell C": [spread_text(r.estimate, r.low, r.high) for r in found.itertuples()],
-                          "added": [spread_text(r.added_estimate, r.added_low, r.added_high, sign=True) for r in found.itertuples()], "so it": [verdict(r) for r in found.itertuples()]})
+                          "added": [spread_text(r.added_estimate, r.added_low, r.added_high, sign=True) for r in found.itertuples()], "what it does": [verdict(r) for r in found.itertuples()]})
     forest = plot_c_forest(found.assign(metric="Harrell C", scope="pooled"))
-    note = "Each row has one thing more than the one above: clinical columns, the crop, the mask channel, batches that hold events, registers. Differences are those of the same patients."
-    return (Table(shown, "What each part adds", note, right=("Harrell C", "added")),
+    note = "From above: the bare transformer, clinical columns, the crop, the mask channel, batches that hold events, registers. Differences are those of the same patients."
+    return (Table(shown, "The rungs, each with one thing more", note, right=("Harrell C", "added")),
             FigureBlock(forest, "Harrell C of the rungs, from the bare transformer to the whole.", "Forest plot of the concordance of each rung with its interval", "ladder"))
 
 # %% ../../nbs/633_vit_results.ipynb #3e368ac3

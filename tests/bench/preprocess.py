@@ -15,7 +15,7 @@ from brainmets.prep.registration import COARSE, FINE, LARGE, ants_library, aroun
 
 FULL = (240, 240, 155)
 ONE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import pandas as pd
 from brainmets.cohort import load_cohort
@@ -29,7 +29,7 @@ class Measured(pipeline.Stages):
         class Both:
             def __enter__(_): return inner.__enter__()
             def __exit__(_, *error):
-                peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+                peaks[name] = int(re.search("VmHWM: *\\s*(\\d+)", open("/proc/self/status").read())[1])/1024   # ru_maxrss would start at the peak of the parent
                 return inner.__exit__(*error)
         return Both()
 pipeline.Stages = Measured
