@@ -6,7 +6,6 @@
 __all__ = ['MODELS', 'RadiomicsSettings', 'RadiomicsModel', 'fit_radiomics', 'save_radiomics', 'load_radiomics', 'FitRadiomics']
 
 # %% ../../nbs/251_radiomics_models.ipynb #4b951f7d
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from sksurv.linear_model.coxph import BreslowEstimator
 
 from ..features.selection import FeatureSelection, SelectionSettings, fit_selection, load_selection, patient_folds, save_selection
 from .baselines import CoxModel, ForestModel, check_outcome, choose_alpha, fit_cox, fit_forest, load_model, save_model
+from ..records import file_sha
 from ..tables import DataError, check_columns, listed, read_json, suggestion, write_json
 
 # %% ../../nbs/251_radiomics_models.ipynb #9004484d
@@ -82,9 +82,9 @@ def fit_radiomics(features, # DataFrame (n, p) of training rows, numbers; missin
 _REMEDY = "Remedy: restore all its files together, or fit again."
 
 
-def _sha256(path):
+def _sha(path):
     if not path.is_file(): raise DataError(f"{path.name}: no such file. {_REMEDY}")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_sha(path)
 
 
 def save_radiomics(fitted, # RadiomicsModel
@@ -93,7 +93,7 @@ def save_radiomics(fitted, # RadiomicsModel
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [Path(save_selection(fitted.selection, folder/"selection.json")), Path(save_model(fitted.model, folder/"model"))]
-    return write_json(folder/"radiomics.json", {"kind": "brainmets radiomics model", "files": {path.name: _sha256(path) for path in paths}})
+    return write_json(folder/"radiomics.json", {"kind": "brainmets radiomics model", "files": {path.name: _sha(path) for path in paths}})
 
 
 def load_radiomics(folder):
@@ -104,7 +104,7 @@ def load_radiomics(folder):
     files = files.get("files") if isinstance(files, dict) else None
     if not isinstance(files, dict) or set(files) not in ({"selection.json", "model.json"}, {"selection.json", "model.npz"}):
         raise DataError(f"radiomics.json describes no radiomics model. {_REMEDY}")
-    changed = [name for name, digest in files.items() if _sha256(folder/name) != digest]
+    changed = [name for name, digest in files.items() if _sha(folder/name) != digest]
     if changed: raise DataError(f"{listed(changed)}: not as stored (SHA-256 differs). {_REMEDY}")
     return RadiomicsModel(load_selection(folder/"selection.json"), load_model(folder/next(name for name in files if name.startswith("model"))))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'SCHEDULES', 'KEEP', 'OF_THE_MACHINE', 'OF_THE_LOSS', 'CHECKPOINT', 'WEIGHTS', 'ENCODER', 'check_choice',
            'TrainConfig', 'check_device_name', 'training_device', 'random_state', 'restore_random_state',
-           'derived_seeds', 'seeded', 'deterministic', 'file_sha256', 'write_tensors', 'weights_sha256', 'read_tensors',
+           'derived_seeds', 'seeded', 'deterministic', 'write_tensors', 'weights_sha256', 'read_tensors',
            'load_weights', 'best_row', 'stop_reason', 'WholeSet', 'TrainingLoss', 'SmoothLoss', 'RefuseNonFinite',
            'AccumulateWithinEpoch', 'ClipAll', 'HalfPrecision', 'leaves_one_row', 'has_batch_norm', 'check_sizes',
            'ByBatch', 'as_it_is', 'training_loader', 'ordered_loader', 'learned_by', 'optimiser_tensors',
@@ -52,7 +52,7 @@ from fastai.torch_core import find_bs, trainable_params
 from fastcore.basics import noop
 
 from ..pages import FAINT, INK, PALETTE, new_figure
-from ..records import identity
+from ..records import file_sha, identity
 from ..tables import DataError, listed, plain, read_json, suggestion, write_bytes, write_json, write_table
 
 # %% ../../nbs/47_learner.ipynb #ecb3f6d5
@@ -174,10 +174,6 @@ def deterministic(is_on):
     finally: torch.set_deterministic_debug_mode(before)
 
 # %% ../../nbs/47_learner.ipynb #c6d748e1
-def file_sha256(path):
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_tensors(path, # ends in .safetensors
                   tensors): # name -> tensor, on any device
     "Write tensors whole or not at all; the SHA-256 of the file."
@@ -200,7 +196,7 @@ def read_tensors(path, # ends in .safetensors
     "Read tensors; a file that is missing or is not the one that was written raises `DataError`."
     path, remedy = Path(path), "Remedy: restore the file, or delete the folder and train again."
     if not path.is_file(): raise DataError(f"{path.name} is missing in '{path.parent.name}'. {remedy}")
-    if file_sha256(path) != sha256: raise DataError(f"{path.name} in '{path.parent.name}' is damaged or foreign: its SHA-256 is not the one noted. {remedy}")
+    if file_sha(path) != sha256: raise DataError(f"{path.name} in '{path.parent.name}' is damaged or foreign: its SHA-256 is not the one noted. {remedy}")
     try: return load_file(path)
     except SafetensorError as error: raise DataError(f"{path.name} is no safetensors file ({error}). {remedy}") from error
 
