@@ -7,8 +7,8 @@ __all__ = ['PARAGRAPH', 'HEADING', 'NOTICE_WORDS', 'NOTICE', 'TABLE', 'PALETTE',
            'KEY_VALUES', 'LINKS', 'FLOW', 'DETAILS', 'COLUMNS', 'COLOURS', 'TEXT_STYLE', 'BLOCK_STYLE', 'FLOW_STYLE',
            'PRINT_STYLE', 'PAGE_STYLE', 'PAGE', 'NOTICE_ORDER', 'page_template', 'Paragraph', 'Heading', 'Notice',
            'is_missing', 'column_decimals', 'cell_text', 'Table', 'plain_axes', 'new_figure', 'figure_png',
-           'FigureBlock', 'KeyValues', 'Links', 'FlowStage', 'FlowBox', 'Details', 'Columns', 'blocks_html',
-           'figure_blocks', 'Section', 'section_anchors', 'render_page', 'write_page']
+           'figure_name', 'FigureBlock', 'KeyValues', 'Links', 'FlowStage', 'FlowBox', 'Details', 'Columns',
+           'blocks_html', 'figure_blocks', 'Section', 'section_anchors', 'render_page', 'write_page']
 
 # %% ../nbs/08_pages.ipynb #a79aca19
 import base64
@@ -207,6 +207,11 @@ def figure_png(figure:Figure # matplotlib
     return buffer.getvalue()
 
 # %% ../nbs/08_pages.ipynb #2226e592
+def figure_name(*parts):
+    "Parts, such as the name of a run and of a model, as the name of a PNG file."
+    return "-".join(re.sub(r"[^A-Za-z0-9_-]+", "-", str(part)).strip("-") for part in parts)
+
+
 @dataclass(frozen=True, eq=False)
 class FigureBlock:
     "A matplotlib figure with its caption."

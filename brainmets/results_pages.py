@@ -26,7 +26,7 @@ from .evaluate.measures import DAYS_PER_MONTH, horizon_name
 from .evaluate.regression import plot_kde, plot_metrics_bar, plot_quartiles, plot_residuals, plot_scatter, regression_rows
 from .evaluate.usefulness import plot_decision_curve, plot_subgroups, usefulness_text
 from .evaluation import Evaluation, EvaluationConfig, evaluate, is_classes, is_survival
-from .pages import Details, FigureBlock, Notice, Paragraph, Section, Table, write_page
+from .pages import Details, FigureBlock, Notice, Paragraph, Section, Table, figure_name, write_page
 from .tables import DataError
 
 # %% ../nbs/46_results_pages.ipynb #b5554017
@@ -126,7 +126,7 @@ def concordance_blocks(shown):
     table = headline_table(shown)
     note = level_note(shown) + (" The oracle is the true risk of the phantom: no model can be expected to do better." if shown.oracle else "")
     forest = FigureBlock(plot_c_forest(shown.metrics, oracle), f"Harrell C of all models, all pairs of evaluated rows, with {_level(shown)} intervals.",
-                         "Forest plot of the concordance of each model with its interval", f"forest-{shown.name}")
+                         "Forest plot of the concordance of each model with its interval", figure_name("forest", shown.name))
     more = Table(metric_grid(shown.metrics, shown.metrics.metric.str.startswith(HORIZON_METRICS)), "At horizons, with intervals",
                  "AUC: cumulative/dynamic. Brier: lower is better; of Kaplan-Meier: a forecast that is the same for all. IPA: 1 - Brier/Brier of Kaplan-Meier. Models that predict a risk only got "
                  "curves from a Cox slope and a Breslow baseline of the training rows.")
@@ -150,7 +150,7 @@ def km_block(shown, model):
     by = table.groupby("group", observed=False).event
     counts = ", ".join(f"{name} {n} ({int(e)} events)" for name, n, e in zip(by.groups, by.size(), by.sum()))
     caption = f"{model}: evaluated patients by terciles of the training risk. {counts}." + (f" {groups.note}." if groups.note else "")
-    return FigureBlock(figure, caption, f"Kaplan-Meier curves of low, middle and high risk by the model {model}", f"km-{shown.name}-{model}")
+    return FigureBlock(figure, caption, f"Kaplan-Meier curves of low, middle and high risk by the model {model}", figure_name("km", shown.name, model))
 
 
 def groups_section(shown):
@@ -168,7 +168,7 @@ def competing_blocks(shown):
     if not competing.any(): return ()
     figure = plot_cumulative_incidence(rows.time_days, rows.event, competing)
     text = f"{int(competing.sum())} of {len(rows)} died before the event. One minus Kaplan-Meier counts them as censored and is too high; Aalen-Johansen is the chance to see the event."
-    return (FigureBlock(figure, text, "Cumulative incidence by Aalen-Johansen and by one minus Kaplan-Meier", f"incidence-{shown.name}"),)
+    return (FigureBlock(figure, text, "Cumulative incidence by Aalen-Johansen and by one minus Kaplan-Meier", figure_name("incidence", shown.name)),)
 
 # %% ../nbs/46_results_pages.ipynb #f75c7063
 CALIBRATION = ("O/E", "calibration", "ICI", "E50", "E90", "D-calibration")
@@ -178,7 +178,7 @@ def calibration_block(shown, model):
     "One model's calibration at the horizon."
     figure = plot_calibration(shown.evaluation.predictions, model, shown.horizon_days, **shown.rows)
     return FigureBlock(figure, f"{model}: observed (Kaplan-Meier in groups of equal size, with intervals) against predicted. On the diagonal a predicted chance means what it says.",
-                       f"Calibration of the model {model}", f"calibration-{shown.name}-{model}")
+                       f"Calibration of the model {model}", figure_name("calibration", shown.name, model))
 
 
 def calibration_section(shown, n_drawn=3):
@@ -203,7 +203,7 @@ def usefulness_section(shown, n_drawn=4):
     text = "\n\n".join(usefulness_text(model, curve) for model, curve in decisions.items())
     grid = metric_grid(shown.metrics, shown.metrics.metric.str.startswith(("net benefit", "interventions avoided")))
     figure = FigureBlock(plot_decision_curve(drawn), f"Net benefit over the threshold from which on one would act, of {len(drawn)} model{'s' if len(drawn) > 1 else ''}, of treating everyone and of treating nobody (Vickers 2006, 2008).",
-                         "Decision curves of the models", f"decisions-{shown.name}")
+                         "Decision curves of the models", figure_name("decisions", shown.name))
     return [Section("Usefulness", (figure, Details("Where each model helps", (Paragraph(text),)), Details("Net benefit at some thresholds", (Table(grid, "Net benefit, with intervals"),))))]
 
 
@@ -219,7 +219,7 @@ def comparisons_section(shown):
     note = (f"Differences on the same patients with {_level(shown)} intervals, from one bootstrap for both models. p is two-sided, from the same resamples; adjusted by Holm over the "
             "models of one metric. A difference whose interval holds 0 is no finding.")
     first = found["metric"].iloc[0]
-    figure = FigureBlock(plot_comparisons(found, first), f"Difference in {first} to {found['model_b'].iloc[0]}.", "Forest plot of differences between models", f"differences-{shown.name}")
+    figure = FigureBlock(plot_comparisons(found, first), f"Difference in {first} to {found['model_b'].iloc[0]}.", "Forest plot of differences between models", figure_name("differences", shown.name))
     return [Section("Comparisons", (figure, Details("All comparisons", (Table(pd.DataFrame(cells).fillna(""), "Paired differences", note, right=("difference", "p", "p adjusted")),))))]
 
 
@@ -231,7 +231,7 @@ def subgroups_section(shown):
     rows = found[found["model"] == model]
     table = rows.assign(C=[interval_text(r) for r in rows.to_dict("records")])[["subgroup", "group", "n_patients", "n_events", "event_share", "median_days", "C", "note"]].fillna({"note": ""})
     note = "Small groups: wide intervals, and differences between them by chance alone. Nothing here was tested. Median by Kaplan-Meier, in days."
-    figure = FigureBlock(plot_subgroups(found, model), f"Harrell C of {model} in subgroups.", f"Forest plot of the concordance of {model} in subgroups", f"subgroups-{shown.name}")
+    figure = FigureBlock(plot_subgroups(found, model), f"Harrell C of {model} in subgroups.", f"Forest plot of the concordance of {model} in subgroups", figure_name("subgroups", shown.name))
     return [Section("Subgroups", (figure, Details("Subgroup table", (Table(table, f"{model} in subgroups", note, right=("C",)),))))]
 
 # %% ../nbs/46_results_pages.ipynb #f0cad6f4
@@ -242,7 +242,7 @@ def regression_section(shown):
     model = str(table.loc[table["predicted_days"].notna(), "model"].iloc[0])
     rows = regression_rows(table, model=model, censoring=shown.evaluation.config.censoring, **shown.rows)
     drawn = {"scatter": plot_scatter(rows), "residuals": plot_residuals(rows), "quartiles": plot_quartiles(rows), "kde": plot_kde(rows)}
-    figures = tuple(FigureBlock(f, f"{model}: {name}.", f"{name} of predicted days", f"{name}-{shown.name}-{model}") for name, f in drawn.items())
+    figures = tuple(FigureBlock(f, f"{model}: {name}.", f"{name} of predicted days", figure_name(name, shown.name, model)) for name, f in drawn.items())
     names = metrics.metric.str.startswith(("MAE", "MSE", "RMSE", "R2", "MAPE", "bias", "Spearman", "Pearson"))
     return [Section("Predicted days", (Table(metric_grid(metrics, names), "Errors in days, with intervals", level_note(shown)), *figures[:1], Details("More figures", figures[1:])))]
 
@@ -251,7 +251,7 @@ def drawn_or_said(shown, model, name, draw, sheet):
     "A figure of one model, or the reason why there is none."
     try: figure = draw(sheet)
     except DataError as reason: return Paragraph(f"{model}, {name}: {reason}")
-    return FigureBlock(figure, f"{model}: {name}.", f"{name} of {model}", f"{name.split()[0]}-{shown.name}-{model}")
+    return FigureBlock(figure, f"{model}: {name}.", f"{name} of {model}", figure_name(name.split()[0], shown.name, model))
 
 
 def classes_section(shown):

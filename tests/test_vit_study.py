@@ -20,7 +20,7 @@ from brainmets.tables import DataError, read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-TINY = dict(n_folds=2, n_members=2, epochs=2, batch_size=3, n_events="1+2", accumulate=2, n_resamples=20, hidden=8, mlp=8, layers=1, checkpoint_seconds=0.0)
+TINY = dict(n_folds=2, n_members=2, epochs=2, batch_size=3, n_events="1+2", accumulate=2, n_resamples=20, hidden=8, mlp=8, layers=1, checkpoint_seconds=0.0, radiomics="volumes")
 SCRIPT = """
 import sys, json, torch
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def test_run_leaves_what_every_study_leaves(finished):
     for name in ("config.toml", "samples.csv", "folds.csv", "predictions.csv", "metrics.csv", "comparisons.csv", "ensembles.csv", "validation.csv", "volume.csv", "latency.csv", "nets.csv", "hashes.csv", "audit.md", "provenance.json", "summary.json"):
         assert finished.path(name).is_file(), name
     table = read_table(finished.path("predictions.csv"))
-    assert {"vit", "vit-rank", "vit-net-0", "vit-net-1", "volume", "cox-clinical", "cox"} <= set(table.model)
+    assert {"vit", "vit-rank", "vit-net-0", "vit-net-1", "volume", "cox-clinical", "cox", "radiomics cox", "radiomics forest"} <= set(table.model)
     mine = table[table.model == "vit"]
     assert_disjoint(mine[["repeat", "fold", "patient_id", "partition"]].assign(inner_fold=-1))
     assert mine.groupby(["fold", "patient_id"]).size().max() == 1 and (mine.groupby("fold").size() == 24).all()
@@ -87,6 +87,15 @@ def test_folds_as_jobs_at_a_time_equal_one_run(finished, home):
     assert all(words in page for words in ("Single nets and their ensembles", "Size and latency", "No finding voids the result"))
     assert (home/"jobs"/"predictions.csv").read_bytes() == finished.path("predictions.csv").read_bytes()
     assert len(written) == 4 and written == {p: p.stat().st_mtime_ns for p in (home/"jobs").rglob("best.safetensors")}
+
+
+def test_run_is_explained_and_knows_its_own_patients(finished, home, tmp_path, capsys):
+    "On the command line: maps of the run's own patients; as an external cohort they are refused."
+    cohort = [str(finished.folder), str(home/"cohort"/"phantom.toml"), "--data", str(home/"cohort"), "--workers", "1"]
+    assert main(["explain", *cohort, "--out", str(tmp_path/"maps")]) == 0
+    assert (tmp_path/"maps"/"explain.html").is_file() and len(list((tmp_path/"maps"/"maps").glob("*_relevance.nii.gz"))) == 24
+    assert main(["predict", *cohort, "--out", str(tmp_path/"again.csv")]) == 1 and "are patients of the run" in capsys.readouterr().err
+    assert not (tmp_path/"again.csv").exists()
 
 
 def test_killed_run_goes_on_and_ends_the_same(finished, home):
@@ -128,7 +137,7 @@ def test_two_processes_take_the_same_steps(home, tmp_path):
 
 def test_bad_settings_are_refused(home, tmp_path):
     assert main(command(home, tmp_path/"both", "--fold", 0, "--collect")) == 1 and not (tmp_path/"both").exists()
-    for wrong, said in (({"compared": "vit-imgae"}, "image"), ({"net": "vti"}, "vit"), ({"test_centers": "B"}, "protocol"), ({"n_members": 1}, "2 or more")):
+    for wrong, said in (({"compared": "vit-imgae"}, "image"), ({"other_mask": "mask"}, "two sets"), ({"net": "vti"}, "vit"), ({"test_centers": "B"}, "protocol"), ({"n_members": 1}, "2 or more")):
         with pytest.raises(DataError, match=said): vit_study_config("quick", **wrong)
     with pytest.raises(DataError, match="lacks jobs 0, 1"): study(home, tmp_path/"empty", collect=True)
     with pytest.raises(DataError, match="expected 0 to 1"): study(home, tmp_path/"empty", fold=7)

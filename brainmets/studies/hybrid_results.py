@@ -9,9 +9,9 @@ __all__ = ['FOLD_COLUMNS', 'PRINTED_NETS', 'PRINTED_EFFICIENTNET', 'FOLD_TITLES'
            'fold_table', 'mean_sd', 'fold_summary', 'fold_note', 'fold_table_block', 'histories', 'panel_columns',
            'plot_fold_losses', 'plot_fold_scores', 'wide_days', 'paired_rows', 'backbone_comparison', 'backbone_blocks',
            'bias_table', 'unit_table', 'interval_table', 'interval_blocks', 'size_text', 'timed', 'cost_summary',
-           'cost_blocks', 'figure_name', 'days_problem', 'error_blocks', 'bar_blocks', 'split_nets', 'split_table',
-           'known_patients', 'split_sentence', 'curve_block', 'score_block', 'nets_section', 'unit_section',
-           'split_section', 'hybrid_sections']
+           'cost_blocks', 'days_problem', 'error_blocks', 'bar_blocks', 'split_nets', 'split_table', 'known_patients',
+           'split_sentence', 'curve_block', 'score_block', 'nets_section', 'unit_section', 'split_section',
+           'hybrid_sections']
 
 # %% ../../nbs/59_hybrid_results.ipynb #15b50eb6
 import re
@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluate.comparisons import mean_error, paired_errors_test
 from ..evaluate.curves import p_text
 from ..evaluate.regression import plot_kde, plot_metrics_bar, plot_quartiles, plot_residuals, plot_scatter, regression_rows
-from ..pages import FAINT, INK, PALETTE, Columns, Details, FigureBlock, Paragraph, Section, Table, column_decimals, new_figure
+from ..pages import FAINT, INK, PALETTE, Columns, Details, FigureBlock, Paragraph, Section, Table, column_decimals, figure_name, new_figure
 from ..results_pages import interval_text
 from ..records import read_toml
 from ..runs import read_run
@@ -403,11 +403,6 @@ def cost_blocks(folder):
     return (Table(found, "Time and size of one net", note, right=right),)
 
 # %% ../../nbs/59_hybrid_results.ipynb #fb5c1639
-def figure_name(*parts):
-    "Parts as the name of a PNG file."
-    return "-".join(re.sub(r"[^A-Za-z0-9_-]+", "-", str(part)).strip("-") for part in parts)
-
-
 def days_problem(run, model): # HybridRun
     "Why a model has no errors in days; '' when it has."
     table = run.table("predictions")
