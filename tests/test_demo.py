@@ -34,11 +34,18 @@ def cohort(tmp_path_factory):
 
 
 def command(cohort, out):
-    return ["run", "clinical", str(cohort), "--data", str(cohort.parent), "--out", str(out), "--workers", "1", "--set", "study.n_trees=20", "--set", "study.n_resamples=100"]
+    return ["run", "clinical", str(cohort), "--data", str(cohort.parent), "--out", str(out), "--workers", "1", "--set", "study.n_trees=20", "--set", "study.n_resamples=100", "--set", "study.inner_folds=2"]
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(cohort, tmp_path):
-    assert main(command(cohort, tmp_path/"whole")) == 0
+@pytest.fixture(scope="module")
+def whole(cohort, tmp_path_factory):
+    "A run that nothing stopped."
+    folder = tmp_path_factory.mktemp("whole")/"run"
+    assert main(command(cohort, folder)) == 0
+    return folder
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(cohort, whole, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "brainmets", *command(cohort, tmp_path/"killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list((tmp_path/"killed").glob("members/*/done.json")) and process.poll() is None and time.monotonic() < deadline: time.sleep(0.02)
@@ -49,9 +56,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(cohort, tmp_path):
     assert main(command(cohort, tmp_path/"killed")) == 0
     assert {p: p.stat().st_mtime_ns for p in done} == done
     for name in ("predictions.csv", "folds.csv", "metrics.csv"):
-        assert (tmp_path/"killed"/name).read_bytes() == (tmp_path/"whole"/name).read_bytes(), name
+        assert (tmp_path/"killed"/name).read_bytes() == (whole/name).read_bytes(), name
 
 
-def test_two_runs_with_one_seed_are_the_same(cohort, tmp_path):
-    for name in ("one", "two"): assert main(command(cohort, tmp_path/name)) == 0
-    pd.testing.assert_frame_equal(read_table(tmp_path/"one"/"predictions.csv"), read_table(tmp_path/"two"/"predictions.csv"), check_exact=True)
+def test_two_runs_with_one_seed_are_the_same(cohort, whole, tmp_path):
+    assert main(command(cohort, tmp_path/"again")) == 0
+    pd.testing.assert_frame_equal(read_table(whole/"predictions.csv"), read_table(tmp_path/"again"/"predictions.csv"), check_exact=True)
