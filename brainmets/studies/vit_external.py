@@ -96,7 +96,7 @@ def external_vit_cox(run_folder, # of a finished run
                      settings=None, cache_dir=None, n_workers=1, progress=False):
     "Predict another cohort, and evaluate where its manifest has an outcome: the predictions table. Patients of the run among them raise."
     run, out = read_run(run_folder), Path(out)
-    config, home = replace(stored_config(run), device="auto"), out.with_suffix("")
+    config, home = replace(stored_config(run), device="auto", other_mask=""), out.with_suffix("")     # a second set of masks is not asked of others
     if home == out: raise DataError(f"'{out.name}': expected a file for the predictions, such as {out.name}.csv.")
     cohort, _ = prepare(external_cohort(manifest, data_dir, settings), config, n_workers, progress)
     known = set(pd.read_csv(run.path("samples.csv"), dtype={"patient_id": str}).patient_id) & set(cohort.samples.patient_id)
