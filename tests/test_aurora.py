@@ -136,6 +136,8 @@ def test_system_c_runs_from_the_manifest_and_settings_alone(home, cohort):
     assert {"vit", "vit-mask_auto", "cox-clinical", "volume"} <= set(table.model)
     asked, agreement = read_table(run.path("by_masks.csv")), read_table(run.path("masks.csv"))
     assert "vit" in set(asked.model) and np.allclose(asked.other_estimate - asked.own_estimate, asked.difference_estimate, equal_nan=True)   # 24 patients: the test center may lack events
+    risk = table[table.partition == "test"].pivot(index="sample_id", columns="model", values="risk")
+    assert (risk["vit"] != risk["vit-mask_auto"]).mean() > 0.5, "the nets were given the other masks"
     assert len(agreement) == N_PATIENTS and 0.7 < agreement.dice_core.mean() < 1 and agreement.dice_edema.mean() < 1
     assert "Other masks" in [section.title for section in vit_sections(run.folder)] and read_json(run.path("summary.json"))["oracle"]["c_true"] > 0.5
     assert np.isfinite(table.risk).all() and pd.api.types.is_numeric_dtype(table.risk)
